@@ -1,0 +1,1 @@
+"""Agent programs, and the base class they derive from."""

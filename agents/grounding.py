@@ -1,0 +1,420 @@
+"""Answers that rest on sources.
+
+A model drafts an answer from numbered passages; each sentence of the draft is kept only
+if a passage says the same, and gets that passage's number. Where too little is kept, the
+passages answer in their own words. Where they do not fit the question, nothing is said.
+
+What "says the same" means, all of it needed: the same numbers with the same units, the
+same words that turn a meaning round, a denial only where the source denies, most of the
+content words, and a near embedding. Embeddings alone were rejected: "we refund in 5 days"
+and "we refund in 10 days" are as near to each other as a sentence gets to itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from llmos.agents import sentences as text_of
+from llmos.agents.messages import Citation
+from llmos.drivers.errors import EngineError
+from llmos.kernel.context import Context
+from llmos.syscalls.errors import Busy, DeadlineExceeded, ServiceUnavailable
+from llmos.syscalls.generate import ChatMessage
+from llmos.syscalls.labels import Provenance
+from llmos.syscalls.retrieve import FoundPassage
+
+CHARS_PER_TOKEN = 4
+"""Rough, on the safe side for English; the engine counts exactly and refuses what is too long."""
+
+
+class Thresholds(BaseModel):
+    """What counts as found and as supported. Cosines of the embedder, 0 to 1."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    relevant: float = Field(default=0.45, ge=0, le=1)
+    """Best source for a question below this: nothing is claimed."""
+    certain: float = Field(default=0.6, ge=0, le=1)
+    """From here on a source answers even a question none of whose own words it contains."""
+    alike: float = Field(default=0.6, ge=0, le=1)
+    """A draft sentence is this near to the sentence that supports it."""
+    overlap: float = Field(default=0.7, ge=0, le=1)
+    """Share of a draft sentence's content words that its support contains."""
+    kept: float = Field(default=0.5, ge=0, le=1)
+    """Less than this share of a draft supported: the passages answer in their own words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Something that can be cited."""
+
+    text: str
+    provenance: Provenance
+    title: str = ""
+    score: float = 0.0
+    """Nearness to the question as the retrieval found it."""
+    sentences: tuple[str, ...] = ()
+    """Left empty, they are split off ``text``."""
+
+    def __post_init__(self) -> None:
+        if not self.sentences:
+            split = [s for s in text_of.split_sentences(self.text) if not s.endswith("?")]
+            object.__setattr__(self, "sentences", tuple(split))
+
+    @classmethod
+    def of(cls, passage: FoundPassage) -> Source:
+        """A retrieved passage as a source."""
+        return cls(passage.text, passage.provenance, passage.title, passage.score)
+
+
+@dataclass(frozen=True, slots=True)
+class Grounded:
+    """An answer and what it rests on."""
+
+    text: str
+    """Sentences, each with the number of its source; empty where ``grounded`` is none."""
+    grounded: Literal["draft", "extract", "none"]
+    confidence: float
+    """0 to 1: how near the sentences are to their sources and these to the question."""
+    citations: tuple[Citation, ...] = ()
+    dropped: tuple[str, ...] = field(default=())
+    """Sentences of the draft that no source supports, for the record."""
+    trouble: str = ""
+    """Why the model gave no draft, where it could not."""
+
+
+class _Line(NamedTuple):
+    text: str
+    source: int
+    """Position of the source."""
+    score: float
+    """Nearness to the question."""
+    at: int = -1
+    """Position among the evidence lines; -1 for a line of the draft."""
+
+
+class Grounding:
+    """Grounded answers through one turn's context."""
+
+    def __init__(
+        self,
+        context: Context,
+        *,
+        model: str,
+        embedder: str,
+        thresholds: Thresholds | None = None,
+        passage_tokens: int = 350,
+        max_new_tokens: int = 80,
+    ) -> None:
+        """Prepare; nothing is called yet.
+
+        Args:
+            context: The turn's context.
+            model: A causal model, or empty: the passages answer in their own words.
+            embedder: An encoder.
+            thresholds: What counts as found and as supported.
+            passage_tokens: About how much of the prompt the passages may fill.
+            max_new_tokens: Length of a draft.
+        """
+        self._os = context
+        self._model = model
+        self._embedder = embedder
+        self._limits = thresholds or Thresholds()
+        self._passage_tokens = passage_tokens
+        self._max_new_tokens = max_new_tokens
+
+    async def answer(self, question: str, sources: Sequence[Source]) -> Grounded:
+        """Answer from the sources, or say that they do not fit.
+
+        Raises:
+            SyscallError: as embed raises it. A model that is busy, broken or too slow is no
+                error here: the sources then answer in their own words, and ``trouble`` says so.
+        """
+        sources = [s for s in sources if s.sentences]
+        if not self._fits(question, sources):
+            return Grounded("", "none", 0.0)
+        draft, trouble = "", ""
+        if self._model:
+            draft, trouble = await self.draft(question, sources)
+        claims = clean_draft(draft, question)
+        evidence = [(i, s) for i, source in enumerate(sources) for s in source.sentences]
+        embedded = await self._os.embed(
+            self._embedder, [question, *claims, *(s for _, s in evidence)]
+        )
+        asked, vectors = embedded.vectors[0], embedded.vectors[1:]
+        claimed, stated = vectors[: len(claims)], vectors[len(claims) :]
+        lines = [
+            _Line(s, i, 0.75 * float(stated[n] @ asked) + 0.25 * sources[i].score, n)
+            for n, (i, s) in enumerate(evidence)
+        ]
+        best = max(line.score for line in lines)
+        if best < self._limits.relevant * 0.8:
+            return Grounded("", "none", 0.0, trouble=trouble)
+        kept, dropped, support = [], [], []
+        for n, claim in enumerate(claims):
+            found = self._supported(claim, claimed[n] @ stated.T, lines)
+            near = 0.75 * float(claimed[n] @ asked) + 0.25 * best
+            if found is None or near < best - 0.3:
+                dropped.append(claim)
+            else:
+                kept.append(_Line(claim, found[0], near))
+                support.append(found[1])
+        enough = kept and len(kept) >= self._limits.kept * len(claims)
+        if enough and max(line.score for line in kept) >= best - 0.12:
+            mean = sum(support) / len(support) * len(kept) / len(claims)
+            return self._compose(
+                kept, sources, question, "draft", mean, dropped=tuple(dropped), trouble=trouble
+            )
+        chosen = choose_lines(lines, stated)
+        return self._compose(
+            chosen, sources, question, "extract", best, dropped=tuple(claims), trouble=trouble
+        )
+
+    async def draft(self, question: str, sources: Sequence[Source]) -> tuple[str, str]:
+        """What the model makes of the passages: (its text, why there is none)."""
+        prompt = build_prompt(question, sources, self._passage_tokens)
+        # A slow draft must leave time for an answer in the passages' own words.
+        patience_s = self._os.remaining_s * 0.8
+        try:
+            generated = await self._os.generate(
+                self._model, prompt, max_new_tokens=self._max_new_tokens, deadline_s=patience_s
+            )
+        except (Busy, DeadlineExceeded, EngineError, ServiceUnavailable) as error:
+            self._os.log.warning("no draft from %s: %s", self._model, error)
+            return "", f"{type(error).__name__}: {error}"
+        text = generated.text
+        return (_up_to_sentence(text) if generated.finish == "length" else text), ""
+
+    async def cite(self, statements: Sequence[str], sources: Sequence[Source]) -> list[int | None]:
+        """For each statement the position of the source nearest to it, or None if none is near."""
+        evidence = [(i, s) for i, source in enumerate(sources) for s in source.sentences]
+        if not statements or not evidence:
+            return [None] * len(statements)
+        texts = [*statements, *(s for _, s in evidence)]
+        vectors = (await self._os.embed(self._embedder, texts)).vectors
+        near = vectors[: len(statements)] @ vectors[len(statements) :].T
+        return [
+            evidence[int(row.argmax())][0] if float(row.max()) >= self._limits.relevant else None
+            for row in near
+        ]
+
+    def _fits(self, question: str, sources: Sequence[Source]) -> bool:
+        """Whether the sources are about what is asked.
+
+        A short question about something unknown ("How is lupus treated?") is near to every
+        text of the same kind; so below ``certain`` the sources must also name most of what
+        the question names.
+        """
+        best = max((s.score for s in sources), default=0.0)
+        if best < self._limits.relevant:
+            return False
+        if best >= self._limits.certain:
+            return True
+        near = [s for s in sources if s.score >= best - 0.15]
+        held = set().union(*(text_of.content_words(f"{s.title} {s.text}") for s in near))
+        named = text_of.content_words(question)
+        return not named or 2 * len(named & held) >= len(named)
+
+    def _supported(
+        self, claim: str, near: np.ndarray, lines: Sequence[_Line]
+    ) -> tuple[int, float] | None:
+        """The source that says the same as a claim, and how nearly; None if there is none."""
+        claimed = text_of.content_words(claim)
+        if not claimed:
+            return None
+        numbers, critical = text_of.quantities(claim), text_of.critical_words(claim)
+        best: tuple[int, float] | None = None
+        for n in np.argsort(-near, kind="stable")[:6]:
+            if near[n] < self._limits.alike:
+                break
+            line = lines[int(n)]
+            following = lines[int(n) + 1] if int(n) + 1 < len(lines) else None
+            both = line.text
+            if following is not None and following.source == line.source:
+                both = f"{line.text} {following.text}"
+            overlap = len(claimed & text_of.content_words(both)) / len(claimed)
+            if (
+                overlap >= self._limits.overlap
+                and text_of.covers(numbers, text_of.quantities(both))
+                and critical <= text_of.critical_words(both)
+                and text_of.is_negative(claim) == text_of.is_negative(line.text)
+            ):
+                score = (overlap + float(near[n])) / 2
+                if best is None or score > best[1]:
+                    best = (line.source, score)
+        return best
+
+    def _compose(
+        self,
+        lines: Sequence[_Line],
+        sources: Sequence[Source],
+        question: str,
+        grounded: Literal["draft", "extract"],
+        confidence: float,
+        *,
+        dropped: tuple[str, ...],
+        trouble: str,
+    ) -> Grounded:
+        order = list(dict.fromkeys(line.source for line in lines))
+        numbers = {position: n for n, position in enumerate(order, 1)}
+        return Grounded(
+            text=with_numbers([(line.text, numbers[line.source]) for line in lines]),
+            grounded=grounded,
+            confidence=round(min(1.0, max(0.0, confidence)), 3),
+            citations=tuple(citation(numbers[i], sources[i]) for i in order),
+            dropped=dropped,
+            trouble=trouble,
+        )
+
+
+def build_prompt(
+    question: str, sources: Sequence[Source], passage_tokens: int
+) -> list[ChatMessage]:
+    """Passages first, then one short instruction and the question.
+
+    Small models follow what stands last, and repeat what they are told to avoid; so there
+    is one positive instruction. Passages are cut at sentences, the best one first.
+    """
+    room = passage_tokens * CHARS_PER_TOKEN
+    blocks = []
+    for number, source in enumerate(sources, 1):
+        taken: list[str] = []
+        for sentence in source.sentences:
+            if len(sentence) + 1 > room:
+                break
+            taken.append(sentence)
+            room -= len(sentence) + 1
+        if taken:
+            blocks.append(f"[{number}] {' '.join(taken)}")
+        if room < 40:
+            break
+    asked = " ".join(question.split())[:1000]
+    return [
+        ChatMessage(
+            role="user",
+            content="\n\n".join(blocks)
+            + "\n\nAnswer the question in one or two sentences, with the words of the text above."
+            + f"\nQuestion: {asked}",
+        )
+    ]
+
+
+def clean_draft(draft: str, question: str) -> list[str]:
+    """Sentences of a draft without echoes, numbers of passages, repetitions and questions."""
+    asked = text_of.content_words(question)
+    kept: list[str] = []
+    seen: set[str] = set()
+    for sentence in text_of.split_sentences(draft):
+        for prefix in ("Answer:", "A:", "Question:", "Q:"):
+            sentence = sentence.removeprefix(prefix).strip()
+        sentence = _without_numbers(sentence)
+        key = " ".join(text_of.words(sentence))
+        named = text_of.content_words(sentence)
+        echo = named <= asked and not text_of.quantities(sentence)
+        if not key or key in seen or sentence.endswith("?") or echo or len(named) < 2:
+            continue
+        seen.add(key)
+        kept.append(sentence[0].upper() + sentence[1:])
+    return kept[:4]
+
+
+def choose_lines(lines: Sequence[_Line], vectors: np.ndarray, most: int = 3) -> list[_Line]:
+    """The sentences nearest to the question that do not repeat each other, in reading order."""
+    chosen: list[_Line] = []
+    ranked = sorted(lines, key=lambda line: (-line.score, line.at))
+    best = ranked[0].score
+    for line in ranked:
+        if len(chosen) == most or line.score < best - 0.15:
+            break
+        alone = leans_back(line.text) and not any(c.at == line.at - 1 for c in chosen)
+        if alone:
+            # "It takes 5 days" means nothing without the sentence before it.
+            before = next((x for x in lines if x.at == line.at - 1), None)
+            if before is None or before.source != line.source or len(chosen) + 2 > most:
+                continue
+            chosen.append(before)
+        if all(float(vectors[line.at] @ vectors[c.at]) < 0.92 for c in chosen):
+            chosen.append(line)
+    chosen = chosen or [ranked[0]]
+    first = {line.source: n for n, line in reversed(list(enumerate(chosen)))}
+    return sorted(chosen, key=lambda line: (first[line.source], line.at))
+
+
+def leans_back(sentence: str) -> bool:
+    """Whether a sentence cannot be understood without the one before."""
+    first = (text_of.words(sentence) or [""])[0]
+    return first in _LEANING
+
+
+_LEANING = frozenset(
+    "it its they them their this that these those he she his her then otherwise however also "
+    "instead afterwards therefore so but and both such here there".split()
+)
+
+
+def with_numbers(lines: Iterable[tuple[str, int]]) -> str:
+    """Put [n] before the end mark of each sentence; of a run from one source, the last alone."""
+    pairs = list(lines)
+    parts = []
+    for n, (line, number) in enumerate(pairs):
+        if n + 1 < len(pairs) and pairs[n + 1][1] == number:
+            parts.append(line)
+        else:
+            end = line[-1] if line[-1] in ".!?…。！？" else "."
+            parts.append(f"{line.rstrip('.!?…。！？')} [{number}]{end}")
+    return " ".join(parts)
+
+
+def citation(number: int, source: Source) -> Citation:
+    """A source as the answer shows it."""
+    quote = " ".join(source.sentences)
+    if len(quote) > 200:
+        quote = quote[:200].rsplit(" ", 1)[0] + " …"
+    return Citation(
+        number=number, provenance=source.provenance, quote=quote, score=round(source.score, 3)
+    )
+
+
+def merge(
+    text: str, own: Sequence[Citation], more: Sequence[Citation]
+) -> tuple[str, tuple[Citation, ...]]:
+    """Renumber the citations of a second answer's text so that they follow ``own``.
+
+    The same source in both keeps its first number. Returns the text and all citations.
+    """
+    known = {str(c.provenance): c.number for c in own}
+    all_citations = list(own)
+    numbers: dict[int, int] = {}
+    for c in more:
+        if str(c.provenance) in known:
+            numbers[c.number] = known[str(c.provenance)]
+            continue
+        numbers[c.number] = known[str(c.provenance)] = len(all_citations) + 1
+        all_citations.append(c.model_copy(update={"number": len(all_citations) + 1}))
+    return _renumber(text, numbers), tuple(all_citations)
+
+
+def rescored(sources: Sequence[Source], scores: Sequence[float]) -> list[Source]:
+    """Sources with other scores, best first."""
+    changed = [replace(s, score=float(x)) for s, x in zip(sources, scores, strict=True)]
+    return sorted(changed, key=lambda s: -s.score)
+
+
+def _renumber(text: str, numbers: dict[int, int]) -> str:
+    return text_of.CITED.sub(lambda m: m[0].replace(m[1], str(numbers.get(int(m[1]), m[1]))), text)
+
+
+def _without_numbers(sentence: str) -> str:
+    plain = " ".join(text_of.CITED.sub("", sentence).split())
+    for end in ".,;:!?":
+        plain = plain.replace(f" {end}", end)
+    return plain
+
+
+def _up_to_sentence(text: str) -> str:
+    return " ".join(text_of.split_sentences(text, whole=True))

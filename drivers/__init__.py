@@ -1,0 +1,1 @@
+"""Drivers hide what is underneath: devices, engines, models, stores and indexes."""

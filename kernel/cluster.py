@@ -1,0 +1,194 @@
+"""Ray itself: starting one, joining one, finding a system's kernel in it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray
+from pydantic import BaseModel
+
+from llmos.drivers.errors import LlmosError
+from llmos.kernel.remote import Handle
+from llmos.kernel.server import KernelServer
+from llmos.kernel.settings import Settings
+from llmos.kernel.system import SystemConfig
+from llmos.kernel.workers import CONCURRENCY, NAMESPACE
+
+OBJECT_STORE_BYTES = 256 << 20
+"""Of a Ray that we start: messages are small, weights never go through it."""
+
+
+class ClusterError(LlmosError):
+    """Ray cannot be started, joined or found."""
+
+
+class RunFile(BaseModel):
+    """``<runs>/<system>/kernel.json``: where the running kernel is."""
+
+    system: str
+    address: str
+    pid: int
+    """The process that ends with the kernel; 0 if it is detached in a cluster."""
+
+    @staticmethod
+    def path(settings: Settings, system: str) -> Path:
+        """Where it stands."""
+        return settings.runs_dir / system / "kernel.json"
+
+    def write(self, settings: Settings) -> None:
+        """Write it in one step."""
+        path = self.path(settings, self.system)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}")
+        part.write_text(self.model_dump_json())
+        part.replace(path)
+
+    @classmethod
+    def find(cls, settings: Settings, system: str | None) -> RunFile:
+        """The running kernel of that name, or the only one there is.
+
+        Raises:
+            ClusterError: none runs, or several do and none was named.
+        """
+        pattern = f"{system or '*'}/kernel.json"
+        found: dict[str, RunFile] = {}
+        for path in sorted(settings.runs_dir.glob(pattern)):
+            try:
+                file = cls.model_validate(json.loads(path.read_text()))
+            except (OSError, ValueError):
+                continue
+            if file.pid == 0 or _alive(file.pid):
+                found[file.system] = file
+            else:
+                path.unlink(missing_ok=True)  # Left by a process that was killed.
+        if not found:
+            name = f" of system {system!r}" if system else ""
+            raise ClusterError(f"No kernel{name} is running", remedy="Start one: llmos up FILE")
+        if len(found) > 1:
+            raise ClusterError(
+                f"Several kernels are running: {', '.join(found)}",
+                remedy="Name one with --system",
+            )
+        return next(iter(found.values()))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+class Cluster:
+    """This process's connection to Ray."""
+
+    def __init__(self, temp: Path | None) -> None:
+        self._temp = temp
+
+    @property
+    def joined(self) -> bool:
+        """Whether this Ray was there before us, and will be after."""
+        return self._temp is None
+
+    @property
+    def address(self) -> str:
+        """``host:port`` of Ray's control store."""
+        return str(ray.get_runtime_context().gcs_address)
+
+    @classmethod
+    def start(cls, settings: Settings, address: str | None = None) -> Cluster:
+        """Join the cluster at ``address`` or ``RAY_ADDRESS``; without either start one here.
+
+        Inside a ``ray job submit`` job Ray sets ``RAY_ADDRESS``, so a job joins its cluster.
+
+        Raises:
+            ClusterError: this process is connected already, or Ray does not answer.
+        """
+        if ray.is_initialized():
+            raise ClusterError(
+                "This process is connected to Ray already", remedy="Call ray.shutdown() first"
+            )
+        common: dict[str, Any] = {
+            "namespace": NAMESPACE,
+            "log_to_driver": False,
+            "logging_level": logging.ERROR,
+        }
+        target = address or settings.ray_address
+        try:
+            if target:
+                ray.init(address=target, **common)
+                return cls(None)
+            temp = Path(tempfile.mkdtemp(prefix="llmos-"))
+            try:
+                ray.init(
+                    "local",
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=str(temp),
+                    **common,
+                )
+            except BaseException:
+                shutil.rmtree(temp, ignore_errors=True)
+                raise
+            return cls(temp)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            raise ClusterError(
+                f"Ray {'at ' + target if target else 'on this machine'} does not answer: {error}",
+                remedy="Check the address, or start one with: ray start --head"
+                if target
+                else "See the log in the temporary folder, and that no old Ray holds the ports",
+            ) from None
+
+    def kernel(self, system: SystemConfig, settings: Settings, *, detached: bool) -> Handle:
+        """Start the kernel actor of a system.
+
+        Raises:
+            ClusterError: that system runs in this cluster already.
+        """
+        name = f"kernel:{system.system.name}"
+        options: dict[str, Any] = {
+            "name": name,
+            "num_cpus": 0,
+            "max_concurrency": CONCURRENCY,
+            "max_restarts": 0,
+        }
+        if detached:
+            # It outlives this process, and comes back by itself: all it knows is in the store.
+            options |= {"lifetime": "detached", "max_restarts": -1}
+        try:
+            handle: Handle = ray.remote(KernelServer).options(**options).remote(system, settings)
+        except ValueError:
+            raise ClusterError(
+                f"System {system.system.name!r} runs in this cluster already",
+                remedy="Use llmos down, or give [system] another name",
+            ) from None
+        return handle
+
+    def find(self, system: str) -> Handle:
+        """The kernel actor of a running system.
+
+        Raises:
+            ClusterError: there is none.
+        """
+        try:
+            return ray.get_actor(f"kernel:{system}", namespace=NAMESPACE)
+        except ValueError:
+            raise ClusterError(
+                f"No kernel of system {system!r} runs in the cluster at {self.address}",
+                remedy="Start one: llmos up FILE",
+            ) from None
+
+    def stop(self) -> None:
+        """Leave the cluster; a Ray that was started here ends with all its processes."""
+        ray.shutdown()
+        if self._temp is not None:
+            shutil.rmtree(self._temp, ignore_errors=True)

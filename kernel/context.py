@@ -1,0 +1,263 @@
+"""The context of a turn: the syscalls, as an agent program calls them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeVar, overload
+
+from llmos.syscalls import clock, graph, messages
+from llmos.syscalls.base import Request, Response
+from llmos.syscalls.embed import Embed, Embedded
+from llmos.syscalls.generate import ChatMessage, Generate, Generated
+from llmos.syscalls.labels import Labels
+from llmos.syscalls.messages import Message, Wire
+from llmos.syscalls.retrieve import Retrieve, Retrieved
+from llmos.syscalls.rules import Evaluate, Fact, Verdict
+from llmos.syscalls.state import ReadState, StateSnapshot
+
+if TYPE_CHECKING:
+    from typing import Literal
+
+    from llmos.drivers.protocols import GenerationChunk
+
+ResponseT = TypeVar("ResponseT", bound=Response)
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+class Dispatcher(Protocol):
+    """Carries out syscalls for one turn: checks, deadline, handler, provenance, record."""
+
+    @property
+    def agent(self) -> str:
+        """The agent whose turn it is."""
+        ...
+
+    @property
+    def turn(self) -> str:
+        """The id of the turn."""
+        ...
+
+    @property
+    def labels(self) -> Labels:
+        """The join of all the turn has seen."""
+        ...
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until the turn's deadline."""
+        ...
+
+    async def call(self, request: Request[ResponseT], deadline_s: float | None) -> ResponseT:
+        """Carry out one syscall."""
+        ...
+
+    def stream(self, request: Generate, deadline_s: float | None) -> AsyncIterator[GenerationChunk]:
+        """Carry out ``generate``, chunk by chunk."""
+        ...
+
+
+class Context:
+    """The syscalls of a turn. Every call may be given ``deadline_s``, else the turn's counts.
+
+    All calls raise :class:`~llmos.syscalls.errors.SyscallError` or a driver's error;
+    both are :class:`~llmos.drivers.errors.LlmosError`.
+    """
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self.log = logging.getLogger("llmos.agent")
+        """Structured log; its records carry this agent and turn."""
+
+    @property
+    def agent(self) -> str:
+        """This agent: ``tenant/program/key``."""
+        return self._dispatcher.agent
+
+    @property
+    def tenant(self) -> str:
+        """The tenant this agent belongs to."""
+        return self.agent.split("/", 1)[0]
+
+    @property
+    def turn(self) -> str:
+        """The id of this turn."""
+        return self._dispatcher.turn
+
+    @property
+    def labels(self) -> Labels:
+        """The join of the labels of all this turn has seen."""
+        return self._dispatcher.labels
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds until the turn's deadline."""
+        return self._dispatcher.remaining_s
+
+    async def call(self, request: Request[ResponseT], deadline_s: float | None = None) -> ResponseT:
+        """Make any syscall by its Request."""
+        return await self._dispatcher.call(request, deadline_s)
+
+    # -- models
+
+    async def generate(
+        self,
+        model: str,
+        prompt: str | Sequence[ChatMessage],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: Sequence[str] = (),
+        deadline_s: float | None = None,
+    ) -> Generated:
+        """Let a model write. Temperature 0 is greedy decoding."""
+        request = Generate(
+            model=model,
+            prompt=prompt if isinstance(prompt, str) else tuple(prompt),
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stop=tuple(stop),
+        )
+        return await self.call(request, deadline_s)
+
+    async def stream(
+        self, request: Generate, *, deadline_s: float | None = None
+    ) -> AsyncIterator[str]:
+        """Let a model write, piece by piece; leaving the loop cancels the rest."""
+        async for chunk in self._dispatcher.stream(request, deadline_s):
+            if chunk.text:
+                yield chunk.text
+
+    async def embed(
+        self, model: str, texts: Sequence[str], *, deadline_s: float | None = None
+    ) -> Embedded:
+        """Texts into vectors of length 1."""
+        return await self.call(Embed(model=model, texts=tuple(texts)), deadline_s)
+
+    # -- knowledge
+
+    async def retrieve(
+        self,
+        corpus: str,
+        query: str,
+        *,
+        k: int = 5,
+        min_score: float = -1.0,
+        deadline_s: float | None = None,
+    ) -> Retrieved:
+        """Passages near the query, best first."""
+        request = Retrieve(corpus=corpus, query=query, k=k, min_score=min_score)
+        return await self.call(request, deadline_s)
+
+    async def find_nodes(
+        self, graph_name: str, text: str, *, limit: int = 10, deadline_s: float | None = None
+    ) -> graph.Nodes:
+        """Nodes of a graph that the text names."""
+        return await self.call(
+            graph.FindNodes(graph=graph_name, text=text, limit=limit), deadline_s
+        )
+
+    async def neighbours(
+        self,
+        graph_name: str,
+        node: str,
+        *,
+        relation: str | None = None,
+        direction: Literal["out", "in", "both"] = "both",
+        limit: int = 100,
+        deadline_s: float | None = None,
+    ) -> graph.Neighbours:
+        """What a graph says about a node."""
+        request = graph.FindNeighbours(
+            graph=graph_name, node=node, relation=relation, direction=direction, limit=limit
+        )
+        return await self.call(request, deadline_s)
+
+    async def paths(
+        self,
+        graph_name: str,
+        start: str,
+        end: str,
+        *,
+        max_hops: int = 3,
+        limit: int = 10,
+        deadline_s: float | None = None,
+    ) -> graph.Paths:
+        """How two nodes are connected."""
+        request = graph.FindPaths(
+            graph=graph_name, start=start, end=end, max_hops=max_hops, limit=limit
+        )
+        return await self.call(request, deadline_s)
+
+    async def rules(
+        self,
+        name: str,
+        facts: Sequence[Fact],
+        *,
+        max_firings: int = 1000,
+        deadline_s: float | None = None,
+    ) -> Verdict:
+        """Let a rule base decide about the facts."""
+        request = Evaluate(rules=name, facts=tuple(facts), max_firings=max_firings)
+        return await self.call(request, deadline_s)
+
+    # -- agents
+
+    @overload
+    async def ask(
+        self, agent: str, message: Message, *, deadline_s: float | None = None
+    ) -> Message | None: ...
+
+    @overload
+    async def ask(
+        self,
+        agent: str,
+        message: Message,
+        reply: type[MessageT],
+        *,
+        deadline_s: float | None = None,
+    ) -> MessageT: ...
+
+    async def ask(
+        self,
+        agent: str,
+        message: Message,
+        reply: type[MessageT] | None = None,
+        *,
+        deadline_s: float | None = None,
+    ) -> Message | None:
+        """Ask another agent and wait. With ``reply``, the answer is checked to be of that class."""
+        budget = self.remaining_s if deadline_s is None else min(deadline_s, self.remaining_s)
+        request = messages.Ask(agent=agent, message=Wire.of(message), deadline_s=max(budget, 0.001))
+        asked = await self.call(request, deadline_s)
+        if reply is not None:
+            wire = asked.reply or Wire.of_json("nothing", {})
+            return wire.decode(reply, self.agent)
+        return asked.reply.message() if asked.reply is not None else None
+
+    async def send(self, agent: str, message: Message) -> str:
+        """Tell another agent something when this turn commits; returns the message's id."""
+        sent = await self.call(messages.Send(agent=agent, message=Wire.of(message)))
+        return sent.message_id
+
+    async def read_state(self, agent: str, *, deadline_s: float | None = None) -> StateSnapshot:
+        """The committed state of another agent."""
+        return await self.call(ReadState(agent=agent), deadline_s)
+
+    # -- time and chance
+
+    async def now(self) -> float:
+        """Seconds since 1970-01-01 UTC."""
+        return (await self.call(clock.Now())).time_s
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait; other agents go on."""
+        await self.call(clock.Sleep(seconds=seconds))
+
+    async def random(self) -> float:
+        """A number in [0, 1)."""
+        return (await self.call(clock.Random())).value

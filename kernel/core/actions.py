@@ -1,0 +1,121 @@
+"""What the core tells the shell to do. Each action carries the id of its cause."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from llmos.drivers.errors import LlmosError
+from llmos.kernel.core.types import ProcessKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Action:
+    """The base."""
+
+    cause: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartProcess(Action):
+    """Start a process; answer with ProcessUp or ProcessLost of this incarnation."""
+
+    process: str
+    kind: ProcessKind
+    incarnation: int
+    epoch: int
+    """For a host: the epoch under which it commits; higher than that of any before it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fence(Action):
+    """Write this epoch to the agents of a host before its new process serves them."""
+
+    host: str
+    epoch: int
+    agents: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadSlot(Action):
+    """Load a model; answer with SlotLoaded or SlotFailed."""
+
+    slot: str
+    device: str
+    threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnloadSlot(Action):
+    """Unload a model; answer with SlotUnloaded."""
+
+    slot: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForgetClient(Action):
+    """A host is gone: devices cancel what it had in them."""
+
+    client: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launched(Action):
+    """A launch has succeeded; ``cause`` is the request."""
+
+    agent: str
+    host: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Killed(Action):
+    """An agent is gone; its host drops what it has of it."""
+
+    agent: str
+    host: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused(Action):
+    """A request has failed; ``cause`` is the request."""
+
+    error: LlmosError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoutesChanged(Action):
+    """Agents of this host can be reached again, or can no more."""
+
+    host: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WakeAt(Action):
+    """Send a Tick at this time."""
+
+    when: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note(Action):
+    """Something an operator should read."""
+
+    level: str
+    text: str
+
+
+AnyAction: TypeAlias = (
+    StartProcess
+    | Fence
+    | LoadSlot
+    | UnloadSlot
+    | ForgetClient
+    | Launched
+    | Killed
+    | Refused
+    | RoutesChanged
+    | WakeAt
+    | Note
+)

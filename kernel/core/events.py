@@ -1,0 +1,114 @@
+"""What can happen to the kernel. Each event carries the time and the id of its cause."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from llmos.drivers.errors import LlmosError
+from llmos.kernel.core.types import DeviceSpec, ModelSpec, ProcessKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Event:
+    """The base: when it happened, and what made it happen."""
+
+    now: float
+    """Seconds on a monotonic clock."""
+    cause: str
+    """Id for logs: a request, a process, ``boot``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Booted(Event):
+    """The kernel has read its configuration."""
+
+    devices: tuple[DeviceSpec, ...]
+    models: tuple[ModelSpec, ...]
+    hosts: int
+    """How many, at least 1."""
+    services: tuple[ProcessKind, ...] = (ProcessKind.JOURNAL, ProcessKind.KNOWLEDGE)
+    first_epoch: int = 1
+    """Higher than every epoch in the store."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessUp(Event):
+    """A process that the kernel started answers."""
+
+    process: str
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessLost(Event):
+    """A process died, or does not answer and was killed."""
+
+    process: str
+    incarnation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotLoaded(Event):
+    """A model is resident."""
+
+    slot: str
+    measured_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotFailed(Event):
+    """A model could not be loaded, or its engine broke."""
+
+    slot: str
+    error: LlmosError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotUnloaded(Event):
+    """A draining model is off the device."""
+
+    slot: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchAsked(Event):
+    """Somebody wants an agent; ``cause`` is the request that will be answered."""
+
+    agent: str
+    models: tuple[tuple[str, int | None], ...]
+    """Models it needs, each with the bytes its manifest asks for, if any."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KillAsked(Event):
+    """Somebody wants an agent gone."""
+
+    agent: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaunchGivenUp(Event):
+    """The asker of a launch no longer waits."""
+
+    request: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tick(Event):
+    """Time has passed; sent when a :class:`~.actions.WakeAt` is due."""
+
+
+AnyEvent: TypeAlias = (
+    Booted
+    | ProcessUp
+    | ProcessLost
+    | SlotLoaded
+    | SlotFailed
+    | SlotUnloaded
+    | LaunchAsked
+    | KillAsked
+    | LaunchGivenUp
+    | Tick
+)

@@ -1,0 +1,89 @@
+"""Who serves what, as the kernel last said. Every process holds a copy."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from llmos.drivers.errors import LlmosError
+from llmos.kernel.remote import Handle
+from llmos.syscalls.errors import UnknownResource
+
+_EMPTY: Mapping[str, Handle] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRoute:
+    """Where a model is resident, or why it is not."""
+
+    kind: str
+    device: str | None
+    digest: str
+    error: LlmosError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """One version of the whole directory. Handles of lost processes are left out."""
+
+    version: int = 0
+    kernel: Handle = None
+    journal: Handle = None
+    knowledge: Handle = None
+    devices: Mapping[str, Handle] = field(default_factory=lambda: dict(_EMPTY))
+    """By the process's name: ``device:cpu:0``."""
+    slots: Mapping[str, SlotRoute] = field(default_factory=dict)
+
+
+class DirectoryHolder:
+    """The newest directory, and waiting for what is not in it yet."""
+
+    def __init__(self) -> None:
+        self.current = Directory()
+        self._changed = asyncio.Condition()
+
+    async def set(self, directory: Directory) -> None:
+        """Take a directory, unless a newer one came first."""
+        if directory.version > self.current.version:
+            async with self._changed:
+                self.current = directory
+                self._changed.notify_all()
+
+    async def newer(self, version: int) -> Directory:
+        """Wait for a version after this one. The caller sets the deadline."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self.current.version > version)
+            return self.current
+
+    async def service(self, name: str) -> Handle:
+        """``journal`` or ``knowledge``; waits while it is being restarted."""
+        while True:
+            directory = self.current
+            handle = getattr(directory, name)
+            if handle is not None:
+                return handle
+            await self.newer(directory.version)
+
+    async def slot(self, model: str, kind: str) -> tuple[Handle, SlotRoute]:
+        """The device that serves a model; waits while the model is being loaded.
+
+        Raises:
+            UnknownResource: the system has no model of that name and kind.
+            LlmosError: why the model could not be loaded.
+        """
+        while True:
+            directory = self.current
+            route = directory.slots.get(model)
+            if directory.version and (route is None or route.kind != kind):
+                known = [n for n, r in directory.slots.items() if r.kind == kind]
+                raise UnknownResource(f"{kind} model", model, known)
+            if route is not None:
+                if route.device is not None:
+                    handle = directory.devices.get(f"device:{route.device}")
+                    if handle is not None:
+                        return handle, route
+                elif route.error is not None:
+                    raise route.error
+            await self.newer(directory.version)

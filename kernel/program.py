@@ -1,0 +1,109 @@
+"""What the kernel knows of an agent program, and how it loads one.
+
+The kernel stands below :mod:`llmos.agents`, so it names what it needs of a program
+instead of importing the base class.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from pydantic import BaseModel, ValidationError
+
+from llmos.drivers.errors import LlmosError
+from llmos.kernel.manifest import Manifest
+from llmos.syscalls.messages import Message
+
+
+class HandlerSpec(NamedTuple):
+    """A handler of a program."""
+
+    method: str
+    message: type[Message]
+    read_only: bool
+
+
+class Program(Protocol):
+    """An agent program: a class, called with (state, config) to make an agent."""
+
+    manifest: ClassVar[Manifest]
+    State: ClassVar[type[BaseModel]]
+    Config: ClassVar[type[BaseModel]]
+    handlers: ClassVar[dict[str, HandlerSpec]]
+    __name__: str
+
+    def __call__(self, state: BaseModel, config: BaseModel) -> Any:
+        """Make an agent."""
+        ...
+
+
+class ProgramError(LlmosError):
+    """A program cannot be loaded or does not accept its configuration."""
+
+    def __init__(self, program: str, reason: str, *, remedy: str = "") -> None:
+        self.program, self.reason = program, reason
+        super().__init__(f"Program {program!r}: {reason}", remedy=remedy)
+
+
+_NEEDED = ("manifest", "State", "Config", "handlers")
+
+
+def load_program(program: str, search: Path | None = None) -> Program:
+    """Import ``module:Class``.
+
+    Args:
+        program: Where it is.
+        search: A folder that is put on the import path first, for programs that stand
+            beside their ``system.toml``.
+
+    Raises:
+        ProgramError: no such module or class, the module raised, or it is no program.
+    """
+    module_name, _, class_name = program.partition(":")
+    if not module_name or not class_name:
+        raise ProgramError(program, "a program is written module:Class")
+    if search is not None and str(search) not in sys.path:
+        sys.path.insert(0, str(search))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ProgramError(
+            program,
+            f"no module {error.name!r}",
+            remedy="Install it, or put it beside system.toml",
+        ) from None
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        raise ProgramError(
+            program, f"its module raised {error!r} at {last.filename}:{last.lineno}"
+        ) from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        raise ProgramError(program, f"module {module_name} has no {class_name}")
+    if not isinstance(found, type) or not all(hasattr(found, name) for name in _NEEDED):
+        raise ProgramError(program, f"{class_name} does not derive from llmos.Agent")
+    if not found.handlers:  # type: ignore[attr-defined]
+        raise ProgramError(program, f"{class_name} has no handler; mark one with @on(Message)")
+    return found  # type: ignore[return-value]
+
+
+def make_config(program: str, loaded: Program, config: Mapping[str, Any]) -> BaseModel:
+    """Check a configuration against the program's Config.
+
+    Raises:
+        ProgramError: naming the field.
+    """
+    try:
+        return loaded.Config.model_validate(dict(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "config"
+        fields = ", ".join(loaded.Config.model_fields) or "none"
+        raise ProgramError(
+            program, f"config.{where}: {first['msg']}", remedy=f"Its fields: {fields}"
+        ) from None

@@ -1,0 +1,99 @@
+"""Finding the host of an agent, and delivering messages to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from llmos.drivers.errors import StaleEpoch
+from llmos.kernel.remote import Handle, ProcessGone, call
+from llmos.syscalls.errors import Busy, DeadlineExceeded
+from llmos.syscalls.messages import Envelope, Reply
+
+log = logging.getLogger("llmos.router")
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """Where an agent is."""
+
+    host: str
+    epoch: int
+    handle: Handle
+
+
+class Router:
+    """Delivers envelopes to hosts directly; asks the kernel only where an agent is.
+
+    A host that dies is found again under a newer epoch, and the same envelope goes there:
+    its id lets a host that has seen it answer without doing the work twice.
+    """
+
+    def __init__(self, kernel: Handle) -> None:
+        self._kernel = kernel
+        self._known: dict[str, Location] = {}
+
+    async def locate(self, agent: str, after_epoch: int, timeout_s: float) -> Location:
+        """Where the agent is, in an epoch after the given one; waits while it is nowhere."""
+        known = self._known.get(agent)
+        if known is not None and known.epoch > after_epoch:
+            return known
+        found: Location = await call(
+            self._kernel.locate.remote(agent, after_epoch, timeout_s),
+            f"the kernel (for {agent})",
+            timeout_s + 5.0,
+        )
+        self._known[agent] = found
+        return found
+
+    async def ask(self, envelope: Envelope) -> Reply:
+        """Deliver, and wait for the end of the turn.
+
+        Raises:
+            DeadlineExceeded: no reply in time, whatever happened meanwhile.
+            UnknownAgent, HostUnavailable.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + envelope.deadline_s
+        epoch = 0
+        while True:
+            left = until - loop.time()
+            if left <= 0:
+                raise DeadlineExceeded(f"the answer of {envelope.receiver}", envelope.deadline_s)
+            location = await self.locate(envelope.receiver, epoch, left)
+            left = max(until - loop.time(), 0.001)
+            ref = location.handle.deliver.remote(envelope.with_deadline(left))
+            try:
+                # The host keeps the deadline itself; the margin is for a host that hangs.
+                reply: Reply = await call(ref, f"the answer of {envelope.receiver}", left + 2.0)
+            except ProcessGone as error:
+                log.warning("%s: %s; looking for it again", envelope.receiver, error)
+                epoch = location.epoch
+                self._known.pop(envelope.receiver, None)
+                continue
+            if isinstance(reply.error, StaleEpoch):
+                epoch = location.epoch
+                self._known.pop(envelope.receiver, None)
+                continue
+            return reply
+
+    async def post(self, envelope: Envelope) -> None:
+        """Deliver into the mailbox; return when it is there. Tries again until the deadline."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + envelope.deadline_s
+        epoch = 0
+        while True:
+            left = until - loop.time()
+            if left <= 0:
+                raise DeadlineExceeded(f"delivery to {envelope.receiver}", envelope.deadline_s)
+            location = await self.locate(envelope.receiver, epoch, left)
+            try:
+                await call(location.handle.post.remote(envelope), envelope.receiver, left)
+            except ProcessGone:
+                epoch = location.epoch
+                self._known.pop(envelope.receiver, None)
+            except Busy as busy:
+                await asyncio.sleep(min(busy.retry_after_s, max(until - loop.time(), 0.0)))
+            else:
+                return

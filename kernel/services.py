@@ -1,0 +1,255 @@
+"""What syscalls reach from a host: devices, knowledge, other agents.
+
+Implements :class:`llmos.syscalls.base.Services`. Calls that only read are tried again
+on the process that replaces a lost one; the dispatcher's deadline ends the trying.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from llmos.drivers.errors import EngineFailed, LlmosError
+from llmos.drivers.protocols import Edge, GenerationChunk, GenerationJob, Node, RuleBase, Vectors
+from llmos.drivers.registry import driver
+from llmos.kernel import record
+from llmos.kernel.clock import Clock
+from llmos.kernel.directory import DirectoryHolder
+from llmos.kernel.remote import Handle, ProcessGone, call
+from llmos.kernel.router import Router
+from llmos.syscalls.base import Hit
+from llmos.syscalls.errors import ServiceUnavailable, UnknownAgent
+from llmos.syscalls.labels import Labels
+from llmos.syscalls.messages import Envelope, Reply
+
+log = logging.getLogger("llmos.services")
+
+POLL_S = 10.0
+"""Longest wait of one long poll."""
+
+
+class DeviceLink:
+    """The jobs of this host on one device: batched submits, one long poll for all."""
+
+    def __init__(self, client: str, name: str, handle: Handle) -> None:
+        self.handle = handle
+        self._client = client
+        self._name = name
+        self._jobs: dict[str, asyncio.Queue[GenerationChunk]] = {}
+        self._pending: list[tuple[str, GenerationJob]] = []
+        self._flushing: asyncio.Task[None] | None = None
+        self._polling: asyncio.Task[None] | None = None
+
+    async def run(self, slot: str, job: GenerationJob) -> AsyncIterator[GenerationChunk]:
+        """Chunks of a job; closing the iterator early cancels it."""
+        # Bounded by the tokens the job may generate: a chunk carries at least one.
+        queue: asyncio.Queue[GenerationChunk] = asyncio.Queue()
+        self._jobs[job.id] = queue
+        self._pending.append((slot, job))
+        if self._flushing is None or self._flushing.done():
+            self._flushing = asyncio.create_task(self._flush())
+        finished = False
+        try:
+            while not finished:
+                chunk = await queue.get()
+                finished = chunk.finish is not None
+                yield chunk
+        finally:
+            self._jobs.pop(job.id, None)
+            if not finished:
+                if (slot, job) in self._pending:
+                    self._pending.remove((slot, job))
+                else:
+                    self.handle.cancel.remote(self._client, [job.id])
+
+    async def _flush(self) -> None:
+        """Hand in whatever has gathered, until nothing has."""
+        while self._pending:
+            batch, self._pending = self._pending, []
+            try:
+                results = await call(self.handle.submit.remote(self._client, batch), self._name)
+            except LlmosError as error:
+                self._lost(error)
+                return
+            for (_, job), refused in zip(batch, results, strict=True):
+                if refused is not None:
+                    self._put(GenerationChunk(job.id, finish="error", error=refused))
+            if self._jobs and (self._polling is None or self._polling.done()):
+                self._polling = asyncio.create_task(self._poll())
+
+    async def _poll(self) -> None:
+        while self._jobs:
+            try:
+                chunks = await call(self.handle.poll.remote(self._client, POLL_S), self._name)
+            except LlmosError as error:
+                self._lost(error)
+                return
+            for chunk in chunks:
+                self._put(chunk)
+
+    def _put(self, chunk: GenerationChunk) -> None:
+        queue = self._jobs.get(chunk.job_id)
+        if queue is not None:
+            queue.put_nowait(chunk)
+
+    def _lost(self, error: LlmosError) -> None:
+        """Every waiter hears that the device is gone."""
+        for job_id in list(self._jobs):
+            gone = ServiceUnavailable(self._name, str(error))
+            self._put(GenerationChunk(job_id, finish="error", error=gone))
+
+
+class RemoteServices:
+    """The services of one host."""
+
+    def __init__(
+        self, client: str, directory: DirectoryHolder, clock: Clock, router: Router
+    ) -> None:
+        self._client = client
+        self._directory = directory
+        self._clock = clock
+        self._router = router
+        self._links: dict[str, DeviceLink] = {}
+        self._rules: dict[tuple[str, str], tuple[RuleBase, Labels]] = {}
+        self._outbox: list[Envelope] | None = None
+
+    def for_turn(self, outbox: list[Envelope]) -> RemoteServices:
+        """The same services with an outbox of their own."""
+        turn = object.__new__(RemoteServices)
+        turn.__dict__.update(self.__dict__)
+        turn._outbox = outbox
+        return turn
+
+    # -- models
+
+    async def generate(self, model: str, job: GenerationJob) -> AsyncIterator[GenerationChunk]:
+        """Run a job on whichever device has the model."""
+        handle, route = await self._directory.slot(model, "causal")
+        device = route.device or ""
+        link = self._links.get(device)
+        if link is None or link.handle is not handle:
+            link = self._links[device] = DeviceLink(self._client, f"device {device}", handle)
+        chunks = link.run(model, job)
+        try:
+            async for chunk in chunks:
+                yield chunk
+        finally:
+            await chunks.aclose()  # type: ignore[attr-defined]
+
+    async def embed(self, model: str, texts: Sequence[str]) -> Vectors:
+        """Embed on whichever device has the model."""
+        while True:
+            version = self._directory.current.version
+            handle, _ = await self._directory.slot(model, "encoder")
+            try:
+                vectors: Vectors = await call(handle.embed.remote(model, list(texts)), "embed")
+            except ProcessGone:
+                await self._directory.newer(version)
+            else:
+                return vectors
+
+    async def model_digest(self, model: str) -> str:
+        """Digest of a model's files."""
+        route = self._directory.current.slots.get(model)
+        if route is None:
+            raise EngineFailed(model, "it is not in the directory")
+        return route.digest
+
+    # -- knowledge
+
+    async def _knowledge(self, method: str, *args: Any) -> Any:
+        while True:
+            version = self._directory.current.version
+            handle = await self._directory.service("knowledge")
+            try:
+                return await call(getattr(handle, method).remote(*args), method)
+            except ProcessGone:
+                await self._directory.newer(version)
+
+    async def retrieve(
+        self, tenant: str, corpus: str, query: str, k: int
+    ) -> tuple[list[Hit], Labels]:
+        """The k nearest passages."""
+        found: tuple[list[Hit], Labels] = await self._knowledge(
+            "retrieve", tenant, corpus, query, k
+        )
+        return found
+
+    async def find_nodes(
+        self, tenant: str, graph: str, text: str, limit: int
+    ) -> tuple[list[Node], Labels]:
+        """Nodes named in a text."""
+        found: tuple[list[Node], Labels] = await self._knowledge(
+            "find_nodes", tenant, graph, text, limit
+        )
+        return found
+
+    async def neighbours(
+        self, tenant: str, graph: str, node: str, relation: str | None, direction: str, limit: int
+    ) -> tuple[list[tuple[Edge, Node]], Labels]:
+        """Edges at a node."""
+        found: tuple[list[tuple[Edge, Node]], Labels] = await self._knowledge(
+            "neighbours", tenant, graph, node, relation, direction, limit
+        )
+        return found
+
+    async def paths(
+        self, tenant: str, graph: str, start: str, end: str, max_hops: int, limit: int
+    ) -> tuple[list[list[Edge]], Labels]:
+        """Paths between two nodes."""
+        found: tuple[list[list[Edge]], Labels] = await self._knowledge(
+            "paths", tenant, graph, start, end, max_hops, limit
+        )
+        return found
+
+    async def check_stores(self, tenant: str, stores: Sequence[str]) -> None:
+        """Whether a program's stores are there; rule bases are read at once."""
+        await self._knowledge("check", tenant, list(stores))
+        for store in stores:
+            kind, _, name = store.partition(":")
+            if kind == "rules":
+                await self.rule_base(tenant, name)
+
+    async def rule_base(self, tenant: str, name: str) -> tuple[RuleBase, Labels]:
+        """A rule base, read once per host: rules are evaluated where the turn runs."""
+        known = self._rules.get((tenant, name))
+        if known is None:
+            driver_name, file, source, labels = await self._knowledge("rules_source", tenant, name)
+            base: RuleBase = await asyncio.to_thread(driver("rules", driver_name), file, source)
+            known = self._rules[(tenant, name)] = (base, labels)
+        return known
+
+    # -- agents
+
+    async def ask(self, envelope: Envelope) -> Reply:
+        """Deliver a message and wait for the reply."""
+        return await self._router.ask(envelope)
+
+    def post(self, envelope: Envelope) -> None:
+        """Put a message into the turn's outbox; it leaves when the turn has committed."""
+        assert self._outbox is not None, "post outside a turn"
+        self._outbox.append(envelope)
+
+    async def state_of(self, agent: str) -> dict[str, Any]:
+        """Last committed state of an agent."""
+        journal = await self._directory.service("journal")
+        row, state = await call(journal.activate.remote(agent), "the journal")
+        if row is None:
+            raise UnknownAgent(agent)
+        return record.unpack(state) if state else {}
+
+    # -- time and chance
+
+    def time(self) -> float:
+        """Wall-clock time."""
+        return self._clock.time()
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        await self._clock.sleep(seconds)
+
+    def random(self) -> float:
+        """A number in [0, 1)."""
+        return self._clock.random()

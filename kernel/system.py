@@ -1,0 +1,351 @@
+"""A whole system in one file: ``system.toml``.
+
+Every error names the file, the line where it can be told, and the field.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from llmos.drivers import registry
+from llmos.drivers.errors import LlmosError
+from llmos.syscalls.labels import Labels, Sensitivity
+
+
+class SystemFileError(LlmosError):
+    """The system file cannot be used."""
+
+    def __init__(
+        self, file: str, reason: str, *, line: int | None = None, field: str = "", remedy: str = ""
+    ) -> None:
+        self.file, self.line, self.field, self.reason = file, line, field, reason
+        where = f"{file}, line {line}" if line else file
+        super().__init__(f"{where}: {field + ': ' if field else ''}{reason}", remedy=remedy)
+
+
+def _name(value: str) -> str:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,62}", value):
+        raise ValueError(
+            "a name is 1 to 63 of a-z, 0-9, '.', '_' and '-', and begins with a-z or 0-9"
+        )
+    return value
+
+
+def _sensitivity(value: Any) -> Any:
+    if isinstance(value, str):
+        try:
+            return Sensitivity[value.upper()]
+        except KeyError:
+            raise ValueError("one of " + ", ".join(s.name.lower() for s in Sensitivity)) from None
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+SensitivityName = Annotated[Sensitivity, BeforeValidator(_sensitivity)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SystemTable(_Table):
+    """``[system]``."""
+
+    name: Name = "system"
+    """Names the run folder; two systems of one name do not run side by side."""
+
+
+class DeviceTable(_Table):
+    """``[[devices]]``: without any, all devices of the machine are used."""
+
+    driver: Literal["cpu", "cuda"] = "cpu"
+    index: int = Field(default=0, ge=0)
+    memory: ByteSize | None = None
+    """Budget; default: a part of what is free."""
+    threads: int | None = Field(default=None, ge=1)
+
+    @property
+    def name(self) -> str:
+        """``cpu:0``."""
+        return f"{self.driver}:{self.index}"
+
+
+class HostsTable(_Table):
+    """``[hosts]``: the processes in which turns run."""
+
+    count: int = Field(default=1, ge=1, le=256)
+
+
+class ModelTable(_Table):
+    """``[models.NAME]``: a model that the system can make resident."""
+
+    source: str
+    """A name of the catalogue or of the model store, or ``hf:``, ``pypi:``, ``path:``."""
+    engine: Literal["causal", "encoder", "echo", "hash"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    kv_tokens: int = Field(default=16384, ge=16)
+    """KV cache for all requests together (causal)."""
+    max_batch_tokens: int = Field(default=512, ge=8)
+    """Tokens in one step (causal)."""
+    max_batch_texts: int = Field(default=64, ge=1)
+    """Texts in one forward pass (encoder)."""
+    max_waiting: int = Field(default=1024, ge=1)
+    """Requests in the engine before it answers busy."""
+    threads: int | None = Field(default=None, ge=1)
+    """Thread quota; default: the kernel decides."""
+    device: str | None = None
+    """A device's name, e.g. ``cuda:0``; default: where there is room."""
+
+    @property
+    def kind(self) -> Literal["causal", "encoder"]:
+        """What it can do."""
+        return "causal" if self.engine in ("causal", "echo") else "encoder"
+
+    @property
+    def needs_files(self) -> bool:
+        """Whether the engine loads weights (the built-in test engines do not)."""
+        return self.engine in ("causal", "encoder")
+
+
+class _Resource(_Table):
+    tenant: Name | None = None
+    """Whose it is; without one, every tenant may be given it."""
+    path: Path
+    """Relative to the system file."""
+    sensitivity: SensitivityName = Sensitivity.INTERNAL
+    trusted: bool = True
+
+    @property
+    def labels(self) -> Labels:
+        """What everything read from it carries."""
+        return Labels(
+            tenants=frozenset({self.tenant} if self.tenant else ()),
+            sensitivity=self.sensitivity,
+            trusted=self.trusted,
+        )
+
+
+def _driver(kind: str) -> AfterValidator:
+    def check(value: str) -> str:
+        if value not in registry.names(kind):
+            raise ValueError(f"no such {kind} driver; known: {', '.join(registry.names(kind))}")
+        return value
+
+    return AfterValidator(check)
+
+
+class CorpusTable(_Resource):
+    """``[corpora.NAME]``: a folder or file of documents, made into passages and vectors."""
+
+    embedder: str
+    """A model of this system whose engine is an encoder."""
+    driver: Annotated[str, _driver("vector")] = "faiss"
+    max_chars: int = Field(default=900, ge=100, le=20_000)
+    """Longest passage."""
+
+
+class GraphTable(_Resource):
+    """``[graphs.NAME]``: a knowledge graph read from CSV."""
+
+    driver: Annotated[str, _driver("graph")] = "networkx"
+
+
+class RulesTable(_Resource):
+    """``[rules.NAME]``: a rule base."""
+
+    driver: Annotated[str, _driver("rules")] = "clips"
+
+
+class AgentTable(_Table):
+    """``[[agents]]``: an agent to launch."""
+
+    program: str
+    """``module:Class``; the module may stand beside the system file."""
+    tenant: Name
+    key: Name = "main"
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+class SystemConfig(_Table):
+    """The whole file."""
+
+    system: SystemTable = SystemTable()
+    devices: tuple[DeviceTable, ...] = ()
+    hosts: HostsTable = HostsTable()
+    models: dict[Name, ModelTable] = Field(default_factory=dict)
+    corpora: dict[Name, CorpusTable] = Field(default_factory=dict)
+    graphs: dict[Name, GraphTable] = Field(default_factory=dict)
+    rules: dict[Name, RulesTable] = Field(default_factory=dict)
+    agents: tuple[AgentTable, ...] = ()
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Serve Prometheus metrics on 127.0.0.1 at this port; 0 takes a free one."""
+    base: Path = Path()
+    """Folder of the file; relative paths start here. Not written in the file."""
+
+    @model_validator(mode="after")
+    def _references(self) -> SystemConfig:
+        for name, corpus in self.corpora.items():
+            model = self.models.get(corpus.embedder)
+            if model is None or model.kind != "encoder":
+                encoders = [n for n, m in self.models.items() if m.kind == "encoder"]
+                raise _at(
+                    ("corpora", name, "embedder"),
+                    f"no encoder is called {corpus.embedder!r}; "
+                    f"encoders here: {', '.join(encoders) or 'none'}",
+                )
+        names = [d.name for d in self.devices]
+        for index, device in enumerate(names):
+            if device in names[:index]:
+                raise _at(("devices", index, "index"), f"{device} is listed twice")
+        for name, table in self.models.items():
+            if table.device is not None and names and table.device not in names:
+                raise _at(
+                    ("models", name, "device"),
+                    f"no device {table.device!r}; devices here: {', '.join(names)}",
+                )
+        return self
+
+    def at(self, path: Path) -> Path:
+        """A path of the file, made absolute."""
+        return path if path.is_absolute() else (self.base / path).resolve()
+
+    @classmethod
+    def parse(cls, text: str, file: str, base: Path) -> SystemConfig:
+        """Read the text of a system file.
+
+        Raises:
+            SystemFileError: with line and field.
+        """
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            line = re.search(r"line (\d+)", str(error))
+            raise SystemFileError(
+                file, str(error), line=int(line.group(1)) if line else len(text.splitlines())
+            ) from None
+        if "base" in data:
+            raise SystemFileError(file, "unknown field", field="base", line=_line(text, ("base",)))
+        try:
+            return cls.model_validate({**data, "base": base})
+        except ValidationError as error:
+            # A misspelt field makes another one missing: name the misspelling.
+            first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+            ctx = first.get("ctx", {}).get("error")
+            where = ctx.where if isinstance(ctx, _Misplaced) else first["loc"]
+            where = tuple(part for part in where if part != "[key]")
+            reason = first["msg"].removeprefix("Value error, ")
+            if first["type"] == "extra_forbidden":
+                reason = "unknown field"
+            elif first["type"] == "missing":
+                reason = "is missing"
+            raise SystemFileError(
+                file,
+                reason,
+                line=_line(text, where),
+                field=".".join(map(str, where)),
+                remedy="All fields: docs/reference/system-toml.md"
+                if first["type"] in ("extra_forbidden", "missing")
+                else "",
+            ) from None
+
+    @classmethod
+    def read(cls, file: Path) -> SystemConfig:
+        """Read a system file.
+
+        Raises:
+            SystemFileError: it does not exist, is not UTF-8, or is wrong; with line and field.
+        """
+        try:
+            text = file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise SystemFileError(
+                str(file), "no such file", remedy="Give the path of a system.toml"
+            ) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise SystemFileError(str(file), str(error)) from None
+        return cls.parse(text, str(file), file.resolve().parent)
+
+    def with_data(self, overrides: dict[str, Path]) -> SystemConfig:
+        """Point corpora and graphs at other files (``--data NAME=PATH``).
+
+        Raises:
+            SystemFileError: no corpus or graph of that name, or the path does not exist.
+        """
+        corpora, graphs = dict(self.corpora), dict(self.graphs)
+        for name, path in overrides.items():
+            absolute = path.expanduser().resolve()
+            if not absolute.exists():
+                raise SystemFileError(str(path), "no such file or folder", field=f"--data {name}")
+            if name in corpora:
+                corpora[name] = corpora[name].model_copy(update={"path": absolute})
+            elif name in graphs:
+                graphs[name] = graphs[name].model_copy(update={"path": absolute})
+            else:
+                raise SystemFileError(
+                    f"--data {name}",
+                    "no corpus or graph of that name",
+                    remedy="Known: " + ", ".join([*corpora, *graphs]),
+                )
+        return self.model_copy(update={"corpora": corpora, "graphs": graphs})
+
+
+class _Misplaced(ValueError):
+    """A ValueError that knows which field it is about."""
+
+    def __init__(self, where: tuple[str | int, ...], reason: str) -> None:
+        self.where = where
+        super().__init__(reason)
+
+
+def _at(where: tuple[str | int, ...], reason: str) -> _Misplaced:
+    return _Misplaced(where, reason)
+
+
+def _line(text: str, where: tuple[str | int, ...]) -> int | None:
+    """The line of a field: tomllib keeps no positions, so look for header and key.
+
+    ``where`` is pydantic's location, e.g. ``("models", "chat", "kv_tokens")`` or
+    ``("agents", 1, "tenant")``. Falls back to the header's line, then to None.
+    """
+    lines = text.splitlines()
+    best: int | None = None
+    depth = -1
+    table: tuple[str, ...] = ()
+    counts: dict[str, int] = {}
+    keys = [str(p) for p in where if not isinstance(p, int)]
+    indexes = [p for p in where if isinstance(p, int)]
+    inside = True
+    for number, line in enumerate(lines, 1):
+        header = re.match(r"\s*(\[\[?)\s*([^\]]+?)\s*\]", line)
+        if header:
+            table = tuple(p.strip().strip("\"'") for p in header.group(2).split("."))
+            if header.group(1) == "[[":
+                name = ".".join(table)
+                counts[name] = counts.get(name, -1) + 1
+                inside = not indexes or counts[name] == indexes[0]
+            else:
+                inside = True
+            matched = len(table) if inside and tuple(keys[: len(table)]) == table else -1
+            if matched > depth:
+                best, depth = number, matched
+            continue
+        key = re.match(r"\s*([A-Za-z0-9_.\"'-]+)\s*=", line)
+        if key and inside:
+            full = (*table, *(p.strip("\"'") for p in key.group(1).split(".")))
+            if tuple(keys[: len(full)]) == full and len(full) > depth:
+                best, depth = number, len(full)
+    return best

@@ -1,0 +1,166 @@
+"""What all syscalls share: Request, Response, and the table of families.
+
+A family is a module with Request classes, their Response classes and one handler per
+request. A handler takes the request and the :class:`Services` that the kernel gives
+it; capability check, deadline, provenance join and record are the dispatcher's
+business (:mod:`llmos.kernel.dispatch`), the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+from llmos.syscalls.labels import Labels, Provenance
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from llmos.drivers.protocols import (
+        Edge,
+        GenerationChunk,
+        GenerationJob,
+        Node,
+        Passage,
+        RuleBase,
+        Vectors,
+    )
+    from llmos.syscalls.messages import Envelope, Reply
+
+ResponseT = TypeVar("ResponseT", bound="Response")
+
+
+class Request(BaseModel, Generic[ResponseT]):
+    """A request to the kernel. Immutable."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    syscall: ClassVar[str]
+    """Its name in capabilities, records and metrics."""
+
+    effect: ClassVar[bool] = False
+    """Whether it changes something outside the turn."""
+
+    @property
+    def resource(self) -> str:
+        """What the capability is checked against; empty where the syscall has no resource."""
+        return ""
+
+
+class Response(BaseModel):
+    """A result. Immutable, with where it came from and the labels it carries."""
+
+    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+
+    provenance: tuple[Provenance, ...] = ()
+    labels: Labels = Labels()
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who makes the syscall."""
+
+    agent: str
+    """``tenant/program/key``."""
+    tenant: str
+    turn: str
+    chain: tuple[str, ...] = ()
+    """Agents that wait for this turn, outermost first."""
+    labels: Labels = Labels()
+    """What the turn has seen so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A passage that was found."""
+
+    passage: Passage
+    score: float
+    """Cosine similarity of query and passage, -1 to 1."""
+
+
+class Services(Protocol):
+    """What the kernel offers to handlers. Each call may raise a typed error."""
+
+    def generate(self, model: str, job: GenerationJob) -> AsyncIterator[GenerationChunk]:
+        """Run a job; closing the iterator cancels it."""
+        ...
+
+    async def embed(self, model: str, texts: Sequence[str]) -> Vectors:
+        """Embed texts with an encoder."""
+        ...
+
+    async def model_digest(self, model: str) -> str:
+        """Digest of a model's files."""
+        ...
+
+    async def retrieve(
+        self, tenant: str, corpus: str, query: str, k: int
+    ) -> tuple[list[Hit], Labels]:
+        """The k passages nearest to the query, best first, and the corpus's labels."""
+        ...
+
+    async def neighbours(
+        self, tenant: str, graph: str, node: str, relation: str | None, direction: str, limit: int
+    ) -> tuple[list[tuple[Edge, Node]], Labels]:
+        """Edges at a node."""
+        ...
+
+    async def find_nodes(
+        self, tenant: str, graph: str, text: str, limit: int
+    ) -> tuple[list[Node], Labels]:
+        """Nodes named in a text."""
+        ...
+
+    async def paths(
+        self, tenant: str, graph: str, start: str, end: str, max_hops: int, limit: int
+    ) -> tuple[list[list[Edge]], Labels]:
+        """Paths between two nodes."""
+        ...
+
+    async def rule_base(self, tenant: str, name: str) -> tuple[RuleBase, Labels]:
+        """A rule base."""
+        ...
+
+    async def ask(self, envelope: Envelope) -> Reply:
+        """Deliver a message and wait for the reply."""
+        ...
+
+    def post(self, envelope: Envelope) -> None:
+        """Deliver a message when the turn has committed."""
+        ...
+
+    async def state_of(self, agent: str) -> dict[str, Any]:
+        """Last committed state of an agent."""
+        ...
+
+    def time(self) -> float:
+        """Wall-clock time in seconds since the epoch."""
+        ...
+
+    async def sleep(self, seconds: float) -> None:
+        """Wait."""
+        ...
+
+    def random(self) -> float:
+        """A number in [0, 1)."""
+        ...
+
+
+Handler = Callable[[Any, Caller, Services], Awaitable[Response]]
+
+HANDLERS: dict[type[Request[Any]], Handler] = {}
+"""Request class → its handler; filled by the family modules."""
+
+
+def handles(request: type[Request[ResponseT]]) -> Callable[[Handler], Handler]:
+    """Register the handler of a request class."""
+
+    def register(handler: Handler) -> Handler:
+        HANDLERS[request] = handler
+        return handler
+
+    return register

@@ -1,0 +1,196 @@
+"""Errors that an agent may see and catch.
+
+The tree, beside that of the drivers (:mod:`llmos.drivers.errors`), whose engine,
+rules, graph and vector errors reach agents as they are::
+
+    LlmosError
+    └── SyscallError
+        ├── CapabilityDenied       the manifest does not allow it
+        ├── LabelViolation         the data may not go there
+        ├── DeadlineExceeded
+        ├── Cancelled              the turn or its caller was cancelled
+        ├── Busy                   a queue is at its bound, come back later
+        ├── UnknownResource        no such corpus, graph, rule base, model
+        ├── EmptyCorpus
+        ├── InvalidRequest         the request's fields do not fit
+        ├── MessageError
+        │   ├── UnknownAgent
+        │   ├── UnhandledMessage   that program has no handler for that kind
+        │   ├── InvalidMessage     the body does not fit the message class
+        │   ├── MessageTooLarge
+        │   ├── CallCycle          an agent would wait for itself
+        │   └── HandlerFailed      the handler raised
+        ├── ReadOnlyTurn           a read-only handler changed state or sent a message
+        └── ServiceUnavailable     what serves this syscall is gone; it is being restarted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from llmos.drivers.errors import LlmosError, known_names
+
+
+class SyscallError(LlmosError):
+    """A syscall did not succeed."""
+
+
+class CapabilityDenied(SyscallError):
+    """Default deny: the manifest names no capability for this."""
+
+    def __init__(self, agent: str, syscall: str, resource: str, granted: Iterable[str]) -> None:
+        self.agent, self.syscall, self.resource = agent, syscall, resource
+        self.granted = tuple(sorted(granted))
+        wanted = f"{syscall}:{resource}" if resource else syscall
+        super().__init__(
+            f"Agent {agent} may not {wanted}",
+            remedy=f'If it should, add "{wanted}" to the capabilities of its manifest',
+        )
+
+
+class LabelViolation(SyscallError):
+    """The labels of what the turn has seen forbid this flow."""
+
+    def __init__(self, agent: str, sink: str, reason: str, *, remedy: str) -> None:
+        self.agent, self.sink, self.reason = agent, sink, reason
+        super().__init__(f"Agent {agent} may not pass data to {sink}: {reason}", remedy=remedy)
+
+
+class DeadlineExceeded(SyscallError):
+    """It took longer than it was given; what was started has been cancelled."""
+
+    def __init__(self, what: str, deadline_s: float) -> None:
+        self.what, self.deadline_s = what, deadline_s
+        super().__init__(f"{what} was not done after {deadline_s:.3g} s")
+
+
+class Cancelled(SyscallError):
+    """The turn was cancelled by its caller, by a kill or by shutdown."""
+
+    def __init__(self, what: str, by: str) -> None:
+        self.what, self.by = what, by
+        super().__init__(f"{what} was cancelled by {by}")
+
+
+class Busy(SyscallError):
+    """A queue is full; nothing was taken."""
+
+    def __init__(self, what: str, waiting: int, retry_after_s: float) -> None:
+        self.what, self.waiting, self.retry_after_s = what, waiting, retry_after_s
+        super().__init__(
+            f"{what} has {waiting} waiting already", remedy=f"Try again in {retry_after_s:.1f} s"
+        )
+
+
+class UnknownResource(SyscallError):
+    """The system has no resource of that name (or not for this tenant)."""
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        self.kind, self.name, self.known = kind, name, tuple(sorted(known))
+        super().__init__(f"No {kind} is called {name!r}", remedy=known_names(self.known))
+
+
+class EmptyCorpus(SyscallError):
+    """The corpus holds no passage, so nothing can be retrieved from it."""
+
+    def __init__(self, corpus: str, path: str, skipped: Sequence[str] = ()) -> None:
+        self.corpus, self.path, self.skipped = corpus, path, tuple(skipped)
+        detail = f" ({len(self.skipped)} files were skipped: {self.skipped[0]})" if skipped else ""
+        super().__init__(
+            f"Corpus {corpus!r} has no passages{detail}",
+            remedy=f"Put Markdown, text, CSV or JSONL files into {path}",
+        )
+
+
+class InvalidRequest(SyscallError):
+    """A field of the request does not fit; ``field`` names it."""
+
+    def __init__(self, syscall: str, field: str, reason: str) -> None:
+        self.syscall, self.field, self.reason = syscall, field, reason
+        super().__init__(f"{syscall}: {field}: {reason}")
+
+
+class MessageError(SyscallError):
+    """A message could not be handled."""
+
+
+class UnknownAgent(MessageError):
+    """Nobody of that name has been launched."""
+
+    def __init__(self, agent: str, known: Iterable[str] = ()) -> None:
+        self.agent, self.known = agent, tuple(sorted(known))
+        super().__init__(f"No agent is called {agent!r}", remedy=known_names(self.known))
+
+
+class UnhandledMessage(MessageError):
+    """The program has no handler for messages of that kind."""
+
+    def __init__(self, agent: str, kind: str, handled: Iterable[str]) -> None:
+        self.agent, self.kind, self.handled = agent, kind, tuple(sorted(handled))
+        super().__init__(
+            f"Agent {agent} does not handle messages of kind {kind!r}",
+            remedy="It handles: " + (", ".join(self.handled) or "none"),
+        )
+
+
+class InvalidMessage(MessageError):
+    """The body is not a valid message of its kind."""
+
+    def __init__(self, agent: str, kind: str, reason: str) -> None:
+        self.agent, self.kind, self.reason = agent, kind, reason
+        super().__init__(f"Message {kind!r} to {agent} is not valid: {reason}")
+
+
+class MessageTooLarge(MessageError):
+    """Messages have a bound; large data goes into a store."""
+
+    def __init__(self, size_bytes: int, limit_bytes: int) -> None:
+        self.size_bytes, self.limit_bytes = size_bytes, limit_bytes
+        super().__init__(
+            f"The message has {size_bytes} bytes, the limit is {limit_bytes}",
+            remedy="Send a reference to the data instead",
+        )
+
+
+class CallCycle(MessageError):
+    """Waiting for this agent would be waiting for oneself."""
+
+    def __init__(self, agent: str, chain: Sequence[str]) -> None:
+        self.agent, self.chain = agent, tuple(chain)
+        super().__init__(
+            f"Asking {agent} would never end: it waits for this answer "
+            f"({' → '.join((*self.chain, agent))})",
+            remedy="Use tell, or answer from what you have",
+        )
+
+
+class HandlerFailed(MessageError):
+    """The handler raised an error of its own; the agent goes on with its last good state."""
+
+    def __init__(self, agent: str, turn: str, error: str, where: str) -> None:
+        self.agent, self.turn, self.error, self.where = agent, turn, error, where
+        super().__init__(
+            f"Agent {agent} failed with {error} at {where}",
+            remedy=f"See: llmos strace {turn}",
+        )
+
+
+class ReadOnlyTurn(SyscallError):
+    """A handler marked ``read_only`` changed the state."""
+
+    def __init__(self, agent: str, handler: str, what: str) -> None:
+        self.agent, self.handler, self.what = agent, handler, what
+        super().__init__(
+            f"Agent {agent}: the read-only handler {handler} {what}",
+            remedy="Drop read_only=True, or tell the agent a message whose handler does it",
+        )
+
+
+class ServiceUnavailable(SyscallError):
+    """The process that serves this syscall is gone and is being replaced."""
+
+    def __init__(self, service: str, reason: str, retry_after_s: float = 1.0) -> None:
+        self.service, self.reason, self.retry_after_s = service, reason, retry_after_s
+        super().__init__(
+            f"{service} is not available: {reason}", remedy=f"Try again in {retry_after_s:.1f} s"
+        )

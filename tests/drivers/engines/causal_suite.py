@@ -1,0 +1,299 @@
+"""What every causal engine must do. Subclass and provide the fixture ``engine``.
+
+``long_prompt`` must make the engine speak for at least 60 tokens with ``ignore_eos``.
+"""
+
+import pickle
+import random
+import threading
+import time
+from collections.abc import Callable
+
+import pytest
+
+from llmos.drivers.errors import EngineBusy, EngineFailed, InvalidParams, PromptTooLong
+from llmos.drivers.protocols import (
+    CausalEngine,
+    ChatTurn,
+    GenerationChunk,
+    GenerationJob,
+    SamplingParams,
+)
+
+NAN = float("nan")
+QUESTION = (ChatTurn("user", "Name three colours of the rainbow, please, and say why."),)
+
+
+class Listener:
+    """Collects the chunks of one job and checks their order."""
+
+    def __init__(self) -> None:
+        self.chunks: list[GenerationChunk] = []
+        self.done = threading.Event()
+        self.first = threading.Event()
+
+    def __call__(self, chunk: GenerationChunk) -> None:
+        assert not self.done.is_set(), "a chunk after the last one"
+        self.chunks.append(chunk)
+        self.first.set()
+        if chunk.finish:
+            self.done.set()
+
+    def wait(self, timeout_s: float = 120) -> GenerationChunk:
+        assert self.done.wait(timeout_s), "no last chunk"
+        return self.chunks[-1]
+
+    @property
+    def text(self) -> str:
+        return "".join(c.text for c in self.chunks)
+
+    @property
+    def tokens(self) -> int:
+        return sum(c.tokens for c in self.chunks)
+
+
+_serial = iter(range(10**9))
+
+
+def job(prompt=QUESTION, job_id: str = "", **params) -> GenerationJob:
+    return GenerationJob(job_id or f"job-{next(_serial)}", prompt, SamplingParams(**params))
+
+
+def ask(engine: CausalEngine, prompt=QUESTION, **params) -> Listener:
+    listener = Listener()
+    engine.submit(job(prompt, **params), listener)
+    listener.wait()
+    return listener
+
+
+def settle(check: Callable[[], bool], timeout_s: float = 20) -> bool:
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if check():
+            return True
+        time.sleep(0.01)
+    return check()
+
+
+class CausalSuite:
+    many = 32
+    cancels = 100
+
+    @pytest.fixture(autouse=True)
+    def leaves_nothing_behind(self, engine):
+        yield
+        assert settle(lambda: engine.statistics().kv_tokens_used == 0)
+        after = engine.statistics()
+        assert (after.running, after.waiting) == (0, 0)
+
+    def test_an_answer_ends_with_one_last_chunk_that_accounts_for_it(self, engine):
+        before = engine.statistics()
+        got = ask(engine, max_new_tokens=6)
+        last = got.chunks[-1]
+        assert last.finish in ("stop", "length")
+        assert last.error is None
+        assert got.text.strip()
+        assert last.prompt_tokens == engine.count_tokens(QUESTION)
+        assert 0 < last.new_tokens == got.tokens <= 6
+        assert last.queued_s >= 0
+        assert last.run_s > 0
+        after = engine.statistics()
+        assert after.finished == before.finished + 1
+        assert after.new_tokens == before.new_tokens + last.new_tokens
+        assert after.prompt_tokens == before.prompt_tokens + last.prompt_tokens
+
+    def test_length_is_honoured(self, engine):
+        got = ask(engine, max_new_tokens=1)
+        assert got.chunks[-1].finish == "length"
+        assert got.tokens == 1
+
+    def test_ignore_eos_generates_exactly_what_was_asked(self, engine):
+        got = ask(engine, (ChatTurn("user", "Hi"),), max_new_tokens=60, ignore_eos=True)
+        assert got.chunks[-1].finish == "length"
+        assert got.chunks[-1].new_tokens == got.tokens == 60
+
+    def test_greedy_is_repeatable_and_independent_of_company(self, engine):
+        alone = ask(engine, max_new_tokens=8).text
+        company = [Listener() for _ in range(6)]
+        prompts = [QUESTION, "Once upon a time", QUESTION, "The sea is", QUESTION, "x " * 40]
+        for listener, prompt in zip(company, prompts, strict=True):
+            engine.submit(job(prompt, max_new_tokens=8), listener)
+        for listener in company:
+            listener.wait()
+        assert {company[i].text for i in (0, 2, 4)} == {alone}
+
+    def test_streaming_comes_in_pieces(self, engine):
+        got = ask(engine, max_new_tokens=12, ignore_eos=True)
+        assert len([c for c in got.chunks if c.text]) > 3
+
+    def test_stop_strings_end_the_text_before_them_wherever_tokens_split(self, engine):
+        whole = ask(engine, max_new_tokens=12, ignore_eos=True).text
+        middle = len(whole) // 2
+        for width in (1, 3, 7):
+            stop = whole[middle : middle + width]
+            if not stop.strip():
+                continue
+            got = ask(engine, max_new_tokens=12, ignore_eos=True, stop=(stop, "\x00never"))
+            assert got.text == whole[: whole.find(stop)]
+            assert got.chunks[-1].finish == "stop"
+            assert all(stop not in c.text for c in got.chunks)
+
+    def test_a_stop_string_that_never_comes_changes_nothing(self, engine):
+        whole = ask(engine, max_new_tokens=10, ignore_eos=True).text
+        near_miss = whole[-4:] + "\x00"
+        got = ask(engine, max_new_tokens=10, ignore_eos=True, stop=(near_miss,))
+        assert got.text == whole
+
+    def test_unicode_passes(self, engine):
+        got = ask(engine, (ChatTurn("user", "Grüße 🌈 日本 \u200d e\u0301"),), max_new_tokens=10)
+        got.text.encode("utf-8")
+        assert got.chunks[-1].finish in ("stop", "length")
+
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("max_new_tokens", 0),
+            ("max_new_tokens", -3),
+            ("max_new_tokens", True),
+            ("max_new_tokens", 1.5),
+            ("temperature", NAN),
+            ("temperature", -0.1),
+            ("temperature", float("inf")),
+            ("top_p", 0.0),
+            ("top_p", 1.01),
+            ("top_p", NAN),
+            ("top_k", -1),
+            ("stop", tuple("abcdefghijklmnopq")),
+            ("stop", ("x" * 257,)),
+            ("stop", ("",)),
+            ("stop", ("\ud800",)),
+            ("stop", "abc"),
+        ],
+    )
+    def test_impossible_parameters_are_refused(self, engine, field, value):
+        listener = Listener()
+        with pytest.raises(InvalidParams) as caught:
+            engine.submit(job(**{"max_new_tokens": 4, field: value}), listener)
+        assert caught.value.field == field
+        assert pickle.loads(pickle.dumps(caught.value)).facts == caught.value.facts
+        assert not listener.chunks
+
+    @pytest.mark.parametrize("prompt", ["", (), "a\ud800b", (ChatTurn("user", "\udfff"),)])
+    def test_impossible_prompts_are_refused(self, engine, prompt):
+        with pytest.raises(InvalidParams):
+            engine.submit(job(prompt, max_new_tokens=4), Listener())
+        with pytest.raises(InvalidParams):
+            engine.count_tokens(prompt)
+
+    def test_an_id_that_is_inside_is_refused(self, engine):
+        first = Listener()
+        engine.submit(job(job_id="same", max_new_tokens=50, ignore_eos=True), first)
+        with pytest.raises(InvalidParams):
+            engine.submit(job(job_id="same", max_new_tokens=1), Listener())
+        engine.cancel("same")
+        first.wait()
+        again = Listener()
+        engine.submit(job(job_id="same", max_new_tokens=1), again)
+        assert again.wait().finish == "length"
+
+    def test_too_long_for_the_kv_budget(self, engine):
+        capacity = engine.statistics().kv_tokens
+        assert capacity < engine.context_tokens, "the suite wants a small KV budget"
+        with pytest.raises(PromptTooLong) as caught:
+            engine.submit(job("one two three", max_new_tokens=capacity), Listener())
+        assert caught.value.limit == "KV budget"
+        assert caught.value.limit_tokens == capacity
+
+    def test_a_megabyte_of_prompt_is_refused_quickly(self, engine):
+        began = time.monotonic()
+        with pytest.raises(PromptTooLong):
+            engine.submit(job("word and word " * 80_000, max_new_tokens=4), Listener())
+        assert time.monotonic() - began < 5
+
+    def test_cancel_ends_a_running_job(self, engine):
+        before = engine.statistics()
+        listener = Listener()
+        engine.submit(job(job_id="c", max_new_tokens=400, ignore_eos=True), listener)
+        assert listener.first.wait(60)
+        assert engine.statistics().kv_tokens_used > 0
+        assert engine.cancel("c")
+        last = listener.wait(30)
+        assert last.finish == "cancelled"
+        assert last.new_tokens == listener.tokens < 400
+        assert not engine.cancel("c")
+        assert engine.statistics().cancelled == before.cancelled + 1
+
+    def test_cancel_of_an_unknown_job(self, engine):
+        assert not engine.cancel("nobody")
+
+    def test_many_at_once_all_end(self, engine):
+        listeners = [Listener() for _ in range(self.many)]
+        for i, listener in enumerate(listeners):
+            params = {"temperature": 0.9, "top_p": 0.8, "top_k": 40} if i % 2 else {}
+            engine.submit(job(f"Number {i} is", max_new_tokens=4 + i % 5, **params), listener)
+        for i, listener in enumerate(listeners):
+            last = listener.wait()
+            assert last.finish in ("stop", "length")
+            assert listener.tokens == last.new_tokens <= 4 + i % 5
+
+    def test_random_cancels_leak_nothing(self, engine):
+        chance = random.Random(7)
+        listeners = []
+        for i in range(self.cancels):
+            listener = Listener()
+            listeners.append(listener)
+            name = f"r{i}"
+            engine.submit(job(f"Story {i}:", name, max_new_tokens=30, ignore_eos=True), listener)
+            if chance.random() < 0.3:
+                time.sleep(chance.random() * 0.02)
+            engine.cancel(name if chance.random() < 0.7 else f"r{chance.randrange(i + 1)}")
+        for i in range(self.cancels):
+            engine.cancel(f"r{i}")
+        ends = {listener.wait().finish for listener in listeners}
+        assert ends <= {"cancelled", "length"}
+        assert "cancelled" in ends
+        assert settle(lambda: engine.statistics().kv_tokens_used == 0)
+        assert ask(engine, max_new_tokens=2).text
+
+    def test_a_callback_that_raises_hurts_only_its_own_job(self, engine):
+        def broken(chunk):
+            raise ValueError("the caller's own mistake")
+
+        engine.submit(job(max_new_tokens=400, ignore_eos=True), broken)
+        assert ask(engine, max_new_tokens=3).text
+        assert settle(lambda: engine.statistics().running == 0)
+
+    def test_a_full_engine_says_when_to_come_back(self, make_engine):
+        engine = make_engine(max_waiting=2)
+        try:
+            listeners = [Listener(), Listener()]
+            for i, listener in enumerate(listeners):
+                engine.submit(job(job_id=f"b{i}", max_new_tokens=400, ignore_eos=True), listener)
+            with pytest.raises(EngineBusy) as caught:
+                engine.submit(job(max_new_tokens=1), Listener())
+            assert caught.value.waiting == 2
+            assert 0 < caught.value.retry_after_s <= 60
+            engine.cancel("b0")
+            listeners[0].wait()
+            assert ask(engine, max_new_tokens=1).chunks[-1].finish == "length"
+        finally:
+            engine.close()
+
+    def test_close_fails_what_is_inside_and_is_idempotent(self, make_engine):
+        engine = make_engine()
+        names = {t.name for t in threading.enumerate()}
+        listeners = [Listener() for _ in range(3)]
+        for listener in listeners:
+            engine.submit(job(max_new_tokens=400, ignore_eos=True), listener)
+        engine.close()
+        for listener in listeners:
+            last = listener.wait(1)
+            assert last.finish == "error"
+            assert isinstance(last.error, EngineFailed)
+        engine.close()
+        with pytest.raises(EngineFailed):
+            engine.submit(job(max_new_tokens=1), Listener())
+        after = engine.statistics()
+        assert (after.running, after.waiting, after.kv_tokens_used) == (0, 0, 0)
+        assert after.failed == 3
+        assert {t.name for t in threading.enumerate()} <= names
