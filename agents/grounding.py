@@ -12,21 +12,31 @@ and "we refund in 10 days" are as near to each other as a sentence gets to itsel
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmos.agents import sentences as text_of
+from llmos.agents.choosing import (
+    Line,
+    Source,
+    choose_lines,
+    coverage,
+    in_context,
+    near_lines,
+    question_parts,
+    shared_words,
+)
 from llmos.agents.messages import Citation
 from llmos.drivers.errors import EngineError
 from llmos.kernel.context import Context
 from llmos.syscalls.errors import Busy, DeadlineExceeded, ServiceUnavailable
 from llmos.syscalls.generate import ChatMessage
-from llmos.syscalls.labels import Provenance
-from llmos.syscalls.retrieve import FoundPassage
 
 CHARS_PER_TOKEN = 4
 """Rough, on the safe side for English; the engine counts exactly and refuses what is too long."""
@@ -37,39 +47,16 @@ class Thresholds(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    relevant: float = Field(default=0.45, ge=0, le=1)
+    relevant: float = Field(default=0.4, ge=0, le=1)
     """Best source for a question below this: nothing is claimed."""
     certain: float = Field(default=0.6, ge=0, le=1)
     """From here on a source answers even a question none of whose own words it contains."""
-    alike: float = Field(default=0.6, ge=0, le=1)
+    alike: float = Field(default=0.5, ge=0, le=1)
     """A draft sentence is this near to the sentence that supports it."""
     overlap: float = Field(default=0.7, ge=0, le=1)
     """Share of a draft sentence's content words that its support contains."""
     kept: float = Field(default=0.5, ge=0, le=1)
     """Less than this share of a draft supported: the passages answer in their own words."""
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Something that can be cited."""
-
-    text: str
-    provenance: Provenance
-    title: str = ""
-    score: float = 0.0
-    """Nearness to the question as the retrieval found it."""
-    sentences: tuple[str, ...] = ()
-    """Left empty, they are split off ``text``."""
-
-    def __post_init__(self) -> None:
-        if not self.sentences:
-            split = [s for s in text_of.split_sentences(self.text) if not s.endswith("?")]
-            object.__setattr__(self, "sentences", tuple(split))
-
-    @classmethod
-    def of(cls, passage: FoundPassage) -> Source:
-        """A retrieved passage as a source."""
-        return cls(passage.text, passage.provenance, passage.title, passage.score)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +73,6 @@ class Grounded:
     """Sentences of the draft that no source supports, for the record."""
     trouble: str = ""
     """Why the model gave no draft, where it could not."""
-
-
-class _Line(NamedTuple):
-    text: str
-    source: int
-    """Position of the source."""
-    score: float
-    """Nearness to the question."""
-    at: int = -1
-    """Position among the evidence lines; -1 for a line of the draft."""
 
 
 class Grounding:
@@ -143,34 +120,43 @@ class Grounding:
             draft, trouble = await self.draft(question, sources)
         claims = clean_draft(draft, question)
         evidence = [(i, s) for i, source in enumerate(sources) for s in source.sentences]
+        parts = question_parts(question)
         embedded = await self._os.embed(
-            self._embedder, [question, *claims, *(s for _, s in evidence)]
+            self._embedder,
+            [*parts, *claims, *(in_context(s, sources[i].title) for i, s in evidence)],
         )
-        asked, vectors = embedded.vectors[0], embedded.vectors[1:]
+        asked, vectors = embedded.vectors[: len(parts)], embedded.vectors[len(parts) :]
         claimed, stated = vectors[: len(claims)], vectors[len(claims) :]
+        fits = 0.75 * (stated @ asked.T) + 0.1 * shared_words(question, evidence)[:, None]
         lines = [
-            _Line(s, i, 0.75 * float(stated[n] @ asked) + 0.25 * sources[i].score, n)
+            Line(s, i, float(fits[n].max()) + 0.25 * sources[i].score, n)
             for n, (i, s) in enumerate(evidence)
         ]
         best = max(line.score for line in lines)
-        if best < self._limits.relevant * 0.8:
+        if best < self._limits.relevant * 0.7:
             return Grounded("", "none", 0.0, trouble=trouble)
         kept, dropped, support = [], [], []
         for n, claim in enumerate(claims):
             found = self._supported(claim, claimed[n] @ stated.T, lines)
-            near = 0.75 * float(claimed[n] @ asked) + 0.25 * best
-            if found is None or near < best - 0.3:
+            # How near the support is to the question counts, not the claim: a model likes
+            # to repeat the question's words in front of something else.
+            if found is None or found[0].score < best - 0.2:
                 dropped.append(claim)
             else:
-                kept.append(_Line(claim, found[0], near))
+                kept.append(found[0]._replace(text=claim))
                 support.append(found[1])
+        chosen = choose_lines(near_lines(lines, sources), stated, fits)
+        covered = coverage(question, kept, sources)
         enough = kept and len(kept) >= self._limits.kept * len(claims)
-        if enough and max(line.score for line in kept) >= best - 0.12:
+        if (
+            enough
+            and max(line.score for line in kept) >= best - 0.12
+            and covered >= coverage(question, chosen, sources)
+        ):
             mean = sum(support) / len(support) * len(kept) / len(claims)
             return self._compose(
                 kept, sources, question, "draft", mean, dropped=tuple(dropped), trouble=trouble
             )
-        chosen = choose_lines(lines, stated)
         return self._compose(
             chosen, sources, question, "extract", best, dropped=tuple(claims), trouble=trouble
         )
@@ -195,7 +181,7 @@ class Grounding:
         evidence = [(i, s) for i, source in enumerate(sources) for s in source.sentences]
         if not statements or not evidence:
             return [None] * len(statements)
-        texts = [*statements, *(s for _, s in evidence)]
+        texts = [*statements, *(in_context(s, sources[i].title) for i, s in evidence)]
         vectors = (await self._os.embed(self._embedder, texts)).vectors
         near = vectors[: len(statements)] @ vectors[len(statements) :].T
         return [
@@ -208,27 +194,27 @@ class Grounding:
 
         A short question about something unknown ("How is lupus treated?") is near to every
         text of the same kind; so below ``certain`` the sources must also name most of what
-        the question names.
+        the question names. Where they name all of it, they may be a little further away.
         """
         best = max((s.score for s in sources), default=0.0)
-        if best < self._limits.relevant:
-            return False
         if best >= self._limits.certain:
             return True
         near = [s for s in sources if s.score >= best - 0.15]
         held = set().union(*(text_of.content_words(f"{s.title} {s.text}") for s in near))
         named = text_of.content_words(question)
-        return not named or 2 * len(named & held) >= len(named)
+        if len(named) >= 2 and named <= held:
+            return best >= 0.7 * self._limits.relevant
+        return best >= self._limits.relevant and 2 * len(named & held) >= len(named)
 
     def _supported(
-        self, claim: str, near: np.ndarray, lines: Sequence[_Line]
-    ) -> tuple[int, float] | None:
-        """The source that says the same as a claim, and how nearly; None if there is none."""
+        self, claim: str, near: npt.NDArray[np.float32], lines: Sequence[Line]
+    ) -> tuple[Line, float] | None:
+        """The line that says the same as a claim, and how nearly; None if there is none."""
         claimed = text_of.content_words(claim)
         if not claimed:
             return None
         numbers, critical = text_of.quantities(claim), text_of.critical_words(claim)
-        best: tuple[int, float] | None = None
+        best: tuple[Line, float] | None = None
         for n in np.argsort(-near, kind="stable")[:6]:
             if near[n] < self._limits.alike:
                 break
@@ -246,12 +232,12 @@ class Grounding:
             ):
                 score = (overlap + float(near[n])) / 2
                 if best is None or score > best[1]:
-                    best = (line.source, score)
+                    best = (line, score)
         return best
 
     def _compose(
         self,
-        lines: Sequence[_Line],
+        lines: Sequence[Line],
         sources: Sequence[Source],
         question: str,
         grounded: Literal["draft", "extract"],
@@ -263,7 +249,12 @@ class Grounding:
         order = list(dict.fromkeys(line.source for line in lines))
         numbers = {position: n for n, position in enumerate(order, 1)}
         return Grounded(
-            text=with_numbers([(line.text, numbers[line.source]) for line in lines]),
+            text=with_numbers(
+                [
+                    (_without_yes(line.text, question, n), numbers[line.source])
+                    for n, line in enumerate(lines)
+                ]
+            ),
             grounded=grounded,
             confidence=round(min(1.0, max(0.0, confidence)), 3),
             citations=tuple(citation(numbers[i], sources[i]) for i in order),
@@ -309,7 +300,9 @@ def clean_draft(draft: str, question: str) -> list[str]:
     asked = text_of.content_words(question)
     kept: list[str] = []
     seen: set[str] = set()
-    for sentence in text_of.split_sentences(draft):
+    # A list keeps its introduction in a page; in a draft that is the question said again.
+    unlisted = "\n\n".join(line for line in draft.splitlines() if not line.rstrip().endswith(":"))
+    for sentence in text_of.split_sentences(unlisted):
         for prefix in ("Answer:", "A:", "Question:", "Q:"):
             sentence = sentence.removeprefix(prefix).strip()
         sentence = _without_numbers(sentence)
@@ -323,38 +316,18 @@ def clean_draft(draft: str, question: str) -> list[str]:
     return kept[:4]
 
 
-def choose_lines(lines: Sequence[_Line], vectors: np.ndarray, most: int = 3) -> list[_Line]:
-    """The sentences nearest to the question that do not repeat each other, in reading order."""
-    chosen: list[_Line] = []
-    ranked = sorted(lines, key=lambda line: (-line.score, line.at))
-    best = ranked[0].score
-    for line in ranked:
-        if len(chosen) == most or line.score < best - 0.15:
-            break
-        alone = leans_back(line.text) and not any(c.at == line.at - 1 for c in chosen)
-        if alone:
-            # "It takes 5 days" means nothing without the sentence before it.
-            before = next((x for x in lines if x.at == line.at - 1), None)
-            if before is None or before.source != line.source or len(chosen) + 2 > most:
-                continue
-            chosen.append(before)
-        if all(float(vectors[line.at] @ vectors[c.at]) < 0.92 for c in chosen):
-            chosen.append(line)
-    chosen = chosen or [ranked[0]]
-    first = {line.source: n for n, line in reversed(list(enumerate(chosen)))}
-    return sorted(chosen, key=lambda line: (first[line.source], line.at))
-
-
-def leans_back(sentence: str) -> bool:
-    """Whether a sentence cannot be understood without the one before."""
-    first = (text_of.words(sentence) or [""])[0]
-    return first in _LEANING
-
-
-_LEANING = frozenset(
-    "it its they them their this that these those he she his her then otherwise however also "
-    "instead afterwards therefore so but and both such here there".split()
+_YES = re.compile(r"^(?:Yes|No)[.,]\s+(?=\S)")
+_YES_ASKED = re.compile(
+    r"^(?:is|are|can|could|do|does|did|will|would|may|must|should|has|have)\b", re.IGNORECASE
 )
+
+
+def _without_yes(line: str, question: str, position: int) -> str:
+    """A "No." that answered another question is taken off."""
+    if position == 0 and _YES_ASKED.match(question.strip()):
+        return line
+    rest = _YES.sub("", line)
+    return rest[0].upper() + rest[1:]
 
 
 def with_numbers(lines: Iterable[tuple[str, int]]) -> str:

@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905 - word lists are easier to read and to change as text
 """Facts read from a person's words: what rules can weigh.
 
 The vocabulary that matters (fraud, chest pain, …) stands in the rule files, where the

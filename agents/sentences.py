@@ -1,3 +1,4 @@
+# ruff: noqa: SIM905 - word lists are easier to read and to change as text
 """Texts as people read them: Markdown taken off, sentences, words, numbers.
 
 Small and rule-based on purpose: an agent's answer is checked sentence by sentence, and

@@ -27,12 +27,13 @@ The tree::
         │   ├── NotFinite
         │   └── IndexMismatch       written by another embedding model or version
         ├── GraphError
-        │   └── UnknownNode
+        │   ├── UnknownNode
+        │   └── GraphFileError      a file of nodes or edges that cannot be read
         ├── RulesError
         │   ├── RuleSyntaxError
         │   ├── UnknownTemplate     a fact that the rule base does not declare
         │   ├── RuleLimitExceeded
-    │   └── RuleFailed          an action of a rule went wrong
+        │   └── RuleFailed          an action of a rule went wrong
         ├── DocumentError
         └── StoreError
             ├── StaleEpoch          another owner has taken over
@@ -305,6 +306,17 @@ class UnknownNode(GraphError):
         super().__init__(f"The graph {graph!r} has no node {node!r}")
 
 
+class GraphFileError(GraphError):
+    """A file of nodes or edges that cannot be read; nothing of it was taken."""
+
+    def __init__(
+        self, path: str, reason: str, line: int | None = None, *, remedy: str = ""
+    ) -> None:
+        self.path, self.reason, self.line = path, reason, line
+        where = f"{path}, line {line}" if line else path
+        super().__init__(f"{where}: {reason}", remedy=remedy)
+
+
 class RulesError(DriverError):
     """Something about a rule base."""
 
@@ -375,9 +387,8 @@ class StaleEpoch(StoreError):
 class StoreUnavailable(StoreError):
     """The store cannot be opened or written; nothing of this commit was kept."""
 
-    def __init__(self, store: str, reason: str) -> None:
+    def __init__(
+        self, store: str, reason: str, *, remedy: str = "Free disk space or repair the path"
+    ) -> None:
         self.store, self.reason = store, reason
-        super().__init__(
-            f"The store {store} cannot be used: {reason}",
-            remedy="Free disk space or repair the path",
-        )
+        super().__init__(f"The store {store} cannot be used: {reason}", remedy=remedy)

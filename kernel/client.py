@@ -95,9 +95,10 @@ class AsyncKernel:
                 cluster, handle, config.system.name, settings, owner=True, detached=detached
             )
             await call(handle.boot.remote(), "booting the kernel", BOOT_S)
-            RunFile(system=config.system.name, address=cluster.address, pid=os.getpid()).write(
-                settings
-            )
+            pid = 0 if detached and cluster.joined else os.getpid()
+            RunFile(
+                system=config.system.name, address=cluster.address, pid=pid, token=cluster.token
+            ).write(settings)
             if launch:
                 for agent in config.agents:
                     await kernel._launch(agent, LAUNCH_S)
@@ -125,11 +126,11 @@ class AsyncKernel:
             ClusterError: it is not there.
         """
         settings = settings or Settings()
-        target = address or settings.ray_address
+        target, token = address or settings.ray_address, None
         if target is None:
             run = RunFile.find(settings, system)
-            target, system = run.address, run.system
-        cluster = await asyncio.to_thread(Cluster.start, settings, target)
+            target, system, token = run.address, run.system, run.token
+        cluster = await asyncio.to_thread(Cluster.start, settings, target, token)
         try:
             handle = cluster.find(system or "system")
         except BaseException:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import secrets
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import ray
 from pydantic import BaseModel
+from ray.exceptions import RayError
 
 from llmos.drivers.errors import LlmosError
 from llmos.kernel.remote import Handle
@@ -35,6 +38,8 @@ class RunFile(BaseModel):
     address: str
     pid: int
     """The process that ends with the kernel; 0 if it is detached in a cluster."""
+    token: Path | None = None
+    """File with the token of a Ray that LLM OS started; None: Ray's own settings count."""
 
     @staticmethod
     def path(settings: Settings, system: str) -> Path:
@@ -88,11 +93,64 @@ def _alive(pid: int) -> bool:
     return True
 
 
+class Token:
+    """Ray's token authentication, switched on for a Ray of our own.
+
+    Ray gives a cluster that it starts a token, but a process that joins by address is
+    expected to have been told so by its environment. It reads that when it is imported,
+    so it has to be told to read it again.
+    """
+
+    _NAMES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._before = {name: os.environ.get(name) for name in self._NAMES}
+
+    def use(self) -> None:
+        """Make this process and its children use the token; make one if there is none."""
+        if not self.path.exists():
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part = self.path.with_suffix(f".{os.getpid()}")
+            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            with os.fdopen(descriptor, "w") as file:
+                file.write(secrets.token_hex(32))
+            # The first of two that start at once wins; both then read the same token.
+            with contextlib.suppress(FileExistsError):
+                os.link(part, self.path)
+            part.unlink()
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(self.path)
+        self._reread()
+
+    def forget(self) -> None:
+        """Put the environment back."""
+        for name, value in self._before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        self._reread()
+
+    @staticmethod
+    def _reread() -> None:
+        # There is no public call for it; ray.init does the same for a cluster it starts.
+        raylet: Any = ray._raylet
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
 class Cluster:
     """This process's connection to Ray."""
 
-    def __init__(self, temp: Path | None) -> None:
+    def __init__(self, temp: Path | None, token: Token | None) -> None:
         self._temp = temp
+        self._token = token
+
+    @property
+    def token(self) -> Path | None:
+        """File with the token, where we set one."""
+        return self._token.path if self._token is not None else None
 
     @property
     def joined(self) -> bool:
@@ -105,7 +163,9 @@ class Cluster:
         return str(ray.get_runtime_context().gcs_address)
 
     @classmethod
-    def start(cls, settings: Settings, address: str | None = None) -> Cluster:
+    def start(
+        cls, settings: Settings, address: str | None = None, token: Path | None = None
+    ) -> Cluster:
         """Join the cluster at ``address`` or ``RAY_ADDRESS``; without either start one here.
 
         Inside a ``ray job submit`` job Ray sets ``RAY_ADDRESS``, so a job joins its cluster.
@@ -123,10 +183,15 @@ class Cluster:
             "logging_level": logging.ERROR,
         }
         target = address or settings.ray_address
+        if not target:
+            token = settings.home / "ray-token"
+        authentication = Token(token) if token is not None else None
         try:
+            if authentication is not None:
+                authentication.use()
             if target:
                 ray.init(address=target, **common)
-                return cls(None)
+                return cls(None, authentication)
             temp = Path(tempfile.mkdtemp(prefix="llmos-"))
             try:
                 ray.init(
@@ -139,8 +204,10 @@ class Cluster:
             except BaseException:
                 shutil.rmtree(temp, ignore_errors=True)
                 raise
-            return cls(temp)
-        except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+            return cls(temp, authentication)
+        except (ConnectionError, RuntimeError, ValueError, TimeoutError, RayError) as error:
+            if authentication is not None:
+                authentication.forget()
             raise ClusterError(
                 f"Ray {'at ' + target if target else 'on this machine'} does not answer: {error}",
                 remedy="Check the address, or start one with: ray start --head"
@@ -192,3 +259,5 @@ class Cluster:
         ray.shutdown()
         if self._temp is not None:
             shutil.rmtree(self._temp, ignore_errors=True)
+        if self._token is not None:
+            self._token.forget()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Protocol, TypeVar, overload
 
 from llmos.syscalls import clock, graph, messages
@@ -128,9 +129,10 @@ class Context:
         self, request: Generate, *, deadline_s: float | None = None
     ) -> AsyncIterator[str]:
         """Let a model write, piece by piece; leaving the loop cancels the rest."""
-        async for chunk in self._dispatcher.stream(request, deadline_s):
-            if chunk.text:
-                yield chunk.text
+        async with aclosing(self._dispatcher.stream(request, deadline_s)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                if chunk.text:
+                    yield chunk.text
 
     async def embed(
         self, model: str, texts: Sequence[str], *, deadline_s: float | None = None

@@ -96,6 +96,9 @@ class _Encoder:
                 EMBED_BATCH.labels(model=self._model).observe(len(flat))
                 try:
                     vectors = await loop.run_in_executor(self._thread, self.engine.embed, flat)
+                except asyncio.CancelledError:
+                    self._fail(group, EngineFailed(self._model, "it was unloaded"))
+                    raise
                 except LlmosError as error:
                     self._fail(group, error)
                     continue

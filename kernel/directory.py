@@ -22,6 +22,8 @@ class SlotRoute:
     device: str | None
     digest: str
     error: LlmosError | None = None
+    incarnation: int = 0
+    """Of the device's process: handles of one process are not one object everywhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +48,9 @@ class DirectoryHolder:
 
     async def set(self, directory: Directory) -> None:
         """Take a directory, unless a newer one came first."""
-        if directory.version > self.current.version:
-            async with self._changed:
+        async with self._changed:
+            # Compared under the lock: two that wait for it may get it in the wrong order.
+            if directory.version > self.current.version:
                 self.current = directory
                 self._changed.notify_all()
 

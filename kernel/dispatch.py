@@ -88,6 +88,8 @@ class TurnDispatcher:
         self._began = clock.monotonic()
         self._deadline_s = deadline_s
         self._recorded = recorded
+        self._open: dict[int, tuple[Request[Any], float]] = {}
+        """Syscalls that have begun and not ended, by seq."""
 
     @property
     def remaining_s(self) -> float:
@@ -96,7 +98,7 @@ class TurnDispatcher:
 
     async def call(self, request: Request[ResponseT], deadline_s: float | None) -> ResponseT:
         """Carry out one syscall."""
-        seq, started = self._begin()
+        seq, started = self._begin(request)
         try:
             self._check(request)
             budget = self._budget(deadline_s)
@@ -117,7 +119,7 @@ class TurnDispatcher:
         self, request: Generate, deadline_s: float | None
     ) -> AsyncIterator[GenerationChunk]:
         """Carry out ``generate``, chunk by chunk."""
-        seq, started = self._begin()
+        seq, started = self._begin(request)
         chunks: list[GenerationChunk] = []
         finished = False
         try:
@@ -135,6 +137,10 @@ class TurnDispatcher:
                         raise DeadlineExceeded(f"generate of {self.agent}", budget) from None
                     if chunk is None:
                         break
+                    if not chunks:
+                        # Whoever has read a part has read the model, even if they leave now.
+                        digest = await self._services.model_digest(request.model)
+                        self._see(generate.collect(request, self._caller(), [chunk], digest))
                     chunks.append(chunk)
                     yield chunk
             digest = await self._services.model_digest(request.model)
@@ -150,9 +156,20 @@ class TurnDispatcher:
 
     # ---------------------------------------------------------------- steps
 
-    def _begin(self) -> tuple[int, float]:
+    def finish(self) -> None:
+        """The handler has ended: what it left open is recorded as cancelled.
+
+        A stream that a handler leaves with ``break`` is closed by the garbage collector, some
+        time after the turn has been committed.
+        """
+        for seq, (request, started) in list(self._open.items()):
+            self._end(request, seq, started, error=GeneratorExit())
+
+    def _begin(self, request: Request[Any]) -> tuple[int, float]:
         self.count += 1
-        return self.count, self._clock.monotonic()
+        started = self._clock.monotonic()
+        self._open[self.count] = (request, started)
+        return self.count, started
 
     def _check(self, request: Request[Any]) -> None:
         limits = self._manifest.limits
@@ -205,6 +222,8 @@ class TurnDispatcher:
         response: Response | None = None,
         error: BaseException | None = None,
     ) -> None:
+        if self._open.pop(seq, None) is None:
+            return  # The turn is over, and this was recorded with it.
         status: Literal["ok", "error", "denied", "cancelled"] = "ok"
         if isinstance(error, CapabilityDenied | LabelViolation):
             status = "denied"

@@ -203,7 +203,15 @@ class HostServer:
         envelope.wire.decode(spec.message, envelope.receiver)
         if self._queue.waiting(envelope.receiver) >= active.manifest.limits.mailbox:
             raise Busy(f"The mailbox of {envelope.receiver}", active.manifest.limits.mailbox, 0.5)
-        self._take_in(envelope)
+        task = self._take_in(envelope)
+        # Its first step goes as far as the queue: of posts that came together all saw the
+        # same room, and one that found none after all must not count as taken.
+        await asyncio.sleep(0)
+        if task.done() and not task.cancelled():
+            reply = task.result()
+            if reply.error is not None and not reply.turn:
+                self._turns.pop(envelope.id, None)
+                raise reply.error
 
     def _take_in(self, envelope: Envelope) -> asyncio.Task[Reply]:
         task = self._turns.get(envelope.id)
@@ -303,12 +311,16 @@ class HostServer:
             recorded=rows.append,
         )
         reply, error, state = await self._handle(active, spec, message, dispatcher)
+        dispatcher.finish()
         wire: Wire | None = None
-        if error is None and reply is not None:
+        packed: bytes | None = None
+        if error is None:
             try:
-                wire = Wire.of(reply)
-            except LlmosError as too_large:
-                error = too_large
+                wire = Wire.of(reply) if reply is not None else None
+                packed = _pack_state(state) if state is not None else None
+            except (LlmosError, ValueError, TypeError, OverflowError, RecursionError) as unfit:
+                # Too large, or holds what has no form outside this process.
+                wire, error = None, as_llmos_error(unfit, agent, turn)
         elapsed = self._clock.monotonic() - began
         row = TurnRow(
             turn=turn,
@@ -324,8 +336,8 @@ class HostServer:
             error=f"{error.code}: {error}" if error else "",
         )
         writes: list[StoreWrite] = [row, *rows]
-        if error is None and state is not None:
-            writes.append(StateWrite(agent, self._epoch, _pack_state(state)))
+        if error is None and packed is not None:
+            writes.append(StateWrite(agent, self._epoch, packed))
         try:
             await self._commit(writes)
         except LlmosError as refused:
@@ -355,11 +367,11 @@ class HostServer:
     ) -> tuple[Message | None, LlmosError | None, BaseModel | None]:
         """Run the handler: its reply, its error, and the new state if there is one."""
         agent, turn = dispatcher.agent, dispatcher.turn
-        state = active.state.model_copy(deep=True)
-        instance = active.program(state, active.config)
         deadline_s = dispatcher.remaining_s
         with logs.turn_context(agent, turn):
             try:
+                state = active.state.model_copy(deep=True)
+                instance = active.program(state, active.config)
                 async with asyncio.timeout(deadline_s):
                     reply = await getattr(instance, spec.method)(message, Context(dispatcher))
                 if reply is not None and not isinstance(reply, Message):
@@ -383,8 +395,15 @@ class HostServer:
         return reply, None, instance.state if changed else None
 
     async def _commit(self, writes: list[StoreWrite]) -> None:
-        """Make it durable. Shielded: a cancelled asker does not leave a commit half awaited."""
-        await asyncio.shield(self._commit_now(writes))
+        """Make it durable, and see it through: a turn that is cancelled here may be in the
+        store already, and then its state and its messages must follow."""
+        commit = asyncio.create_task(self._commit_now(writes))
+        while not commit.done():
+            try:
+                await asyncio.wait([commit])
+            except asyncio.CancelledError:
+                log.info("cancelled while it was being committed: too late")
+        commit.result()
 
     async def _commit_now(self, writes: list[StoreWrite]) -> None:
         try:

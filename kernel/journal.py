@@ -114,13 +114,19 @@ class JournalServer:
         results: list[LlmosError | None] = [None] * len(group)
         try:
             self._store.commit(writes)
-        except (StaleEpoch, StoreUnavailable):
+        except Exception:
+            log.debug("a group was refused", exc_info=True)
             for index, (part, _) in enumerate(group):
                 try:
                     self._store.commit(part)
                 except (StaleEpoch, StoreUnavailable) as error:
                     log.warning("commit refused: %s", error)
                     results[index] = error
+                except Exception as error:
+                    # A write that the store chokes on must not end the writer: everybody
+                    # after it would wait for ever.
+                    log.exception("commit failed")
+                    results[index] = StoreUnavailable(self._name, repr(error))
         COMMITS.observe(time.perf_counter() - started)
         COMMIT_ROWS.observe(len(writes))
         return results

@@ -77,7 +77,8 @@ def load_program(program: str, search: Path | None = None) -> Program:
             f"no module {error.name!r}",
             remedy="Install it, or put it beside system.toml",
         ) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        # SystemExit too: a script that ends itself on import would end the whole host.
         last = traceback.extract_tb(error.__traceback__)[-1]
         raise ProgramError(
             program, f"its module raised {error!r} at {last.filename}:{last.lineno}"
@@ -98,12 +99,18 @@ def make_config(program: str, loaded: Program, config: Mapping[str, Any]) -> Bas
     Raises:
         ProgramError: naming the field.
     """
+    fields = ", ".join(loaded.Config.model_fields) or "none"
+    unknown = sorted(set(config) - set(loaded.Config.model_fields))
+    if unknown and loaded.Config.model_config.get("extra") != "allow":
+        # pydantic ignores them by default, and a misspelt setting would do nothing.
+        raise ProgramError(
+            program, f"config.{unknown[0]}: unknown field", remedy=f"Its fields: {fields}"
+        )
     try:
         return loaded.Config.model_validate(dict(config))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "config"
-        fields = ", ".join(loaded.Config.model_fields) or "none"
         raise ProgramError(
             program, f"config.{where}: {first['msg']}", remedy=f"Its fields: {fields}"
         ) from None

@@ -16,14 +16,20 @@ MAX_TEXT = 2000
 """Characters of a string that are kept."""
 MAX_ITEMS = 64
 """Items of a list that are kept."""
+MAX_DEPTH = 32
+"""Levels of nesting that are kept: msgpack and Python both give up on deep ones."""
 
 
-def shorten(value: Any) -> Any:
+def shorten(value: Any, depth: int = 0) -> Any:
     """Plain data for msgpack, with long texts and lists cut and marked as cut."""
+    if depth > MAX_DEPTH:
+        return f"… ({type(value).__name__}, nested too deeply)"
     if isinstance(value, str):
         # Lone surrogates cannot be encoded; the record shows them escaped.
         safe = value.encode("utf-8", "backslashreplace").decode("utf-8")
         return safe if len(safe) <= MAX_TEXT else f"{safe[:MAX_TEXT]}… ({len(safe)} characters)"
+    if isinstance(value, bytes) and len(value) > MAX_TEXT:
+        return f"bytes({len(value)})"
     if isinstance(value, bool | int | float | bytes | type(None)):
         if isinstance(value, int) and not -(2**63) <= value < 2**64:
             return str(value)
@@ -31,18 +37,18 @@ def shorten(value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return f"array{value.shape}"
     if isinstance(value, Wire):
-        return {"kind": value.kind, "body": shorten(value.json())}
+        return {"kind": value.kind, "body": shorten(value.json(), depth + 1)}
     if isinstance(value, BaseModel):
         return {
-            name: shorten(getattr(value, name))
+            name: shorten(getattr(value, name), depth + 1)
             for name in type(value).model_fields
             if name not in ("provenance", "labels")
         }
     if isinstance(value, dict):
-        return {str(k): shorten(v) for k, v in value.items()}
+        return {shorten(str(k)): shorten(v, depth + 1) for k, v in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         items = list(value)
-        kept = [shorten(v) for v in items[:MAX_ITEMS]]
+        kept = [shorten(v, depth + 1) for v in items[:MAX_ITEMS]]
         return kept if len(items) <= MAX_ITEMS else [*kept, f"… ({len(items)} items)"]
     return shorten(str(value))
 

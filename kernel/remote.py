@@ -91,6 +91,8 @@ async def call(ref: Awaitable[Any], what: str, timeout_s: float | None = None) -
 
 def cancel(ref: Any) -> None:
     """Ask for a call to be cancelled; one that is over is left alone."""
+    if not ray.is_initialized():
+        return  # ray.cancel would start a Ray of its own to cancel it in.
     try:
         ray.cancel(ref)
     except (RayError, ValueError, TypeError) as error:

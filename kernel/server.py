@@ -542,11 +542,14 @@ class KernelServer:
                 )
                 error = None if device_lost else slot.error
             resident = slot is not None and slot.state is SlotState.READY
+            device = slot.device if slot is not None and resident else None
+            process = self._core.processes.get(f"device:{device}")
             slots[name] = SlotRoute(
                 table.kind,
-                slot.device if slot is not None and resident else None,
+                device,
                 self._digests.get(name, ""),
                 error,
+                process.incarnation if process else 0,
             )
         directory = Directory(
             version=self._version,

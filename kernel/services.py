@@ -111,7 +111,9 @@ class RemoteServices:
         self._directory = directory
         self._clock = clock
         self._router = router
-        self._links: dict[str, DeviceLink] = {}
+        self._links: dict[str, tuple[int, DeviceLink]] = {}
+        """By device, with the incarnation of its process. One link each: two polls of one
+        client would share its chunks between them."""
         self._rules: dict[tuple[str, str], tuple[RuleBase, Labels]] = {}
         self._outbox: list[Envelope] | None = None
 
@@ -128,9 +130,10 @@ class RemoteServices:
         """Run a job on whichever device has the model."""
         handle, route = await self._directory.slot(model, "causal")
         device = route.device or ""
-        link = self._links.get(device)
-        if link is None or link.handle is not handle:
-            link = self._links[device] = DeviceLink(self._client, f"device {device}", handle)
+        incarnation, link = self._links.get(device, (0, None))
+        if link is None or incarnation != route.incarnation:
+            link = DeviceLink(self._client, f"device {device}", handle)
+            self._links[device] = (route.incarnation, link)
         chunks = link.run(model, job)
         try:
             async for chunk in chunks:

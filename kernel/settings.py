@@ -17,7 +17,14 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 class Settings(BaseSettings):
     """Settings of this machine. Frozen; make a new one to differ."""
 
-    model_config = SettingsConfigDict(env_prefix="LLMOS_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="LLMOS_",
+        frozen=True,
+        extra="ignore",
+        # Without it Settings(ray_address=…) would be ignored in favour of the environment.
+        populate_by_name=True,
+        env_ignore_empty=True,
+    )
 
     home: Path = Field(default_factory=lambda: Path.home() / ".local" / "share" / "llmos")
     """Everything LLM OS keeps: models, runs, caches. ``LLMOS_HOME``."""

@@ -232,11 +232,15 @@ class SystemConfig(_Table):
         """
         try:
             data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            line = re.search(r"line (\d+)", str(error))
-            raise SystemFileError(
-                file, str(error), line=int(line.group(1)) if line else len(text.splitlines())
-            ) from None
+        except RecursionError:
+            raise SystemFileError(file, "it nests too deeply") from None
+        except ValueError as error:
+            # TOMLDecodeError, or the int() of a number with thousands of digits.
+            at = re.search(r"line (\d+)", str(error))
+            line = int(at.group(1)) if at else None
+            if "end of document" in str(error):
+                line = len(text.splitlines())
+            raise SystemFileError(file, str(error), line=line) from None
         if "base" in data:
             raise SystemFileError(file, "unknown field", field="base", line=_line(text, ("base",)))
         try:

@@ -173,7 +173,7 @@ def down(system: System = None, address: Address = None) -> None:
             return
         run = RunFile.find(settings, system)
         if run.pid == 0:
-            Kernel.connect(run.system, address=run.address).shutdown()
+            Kernel.connect(run.system).shutdown()
         else:
             os.kill(run.pid, signal.SIGTERM)
             until = time.monotonic() + DOWN_S

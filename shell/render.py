@@ -36,8 +36,9 @@ _STYLES = {
 
 def console() -> Console:
     """Standard output; wide enough to read where it is not a terminal."""
-    made = Console(highlight=False)
-    return made if made.is_terminal else Console(highlight=False, width=110)
+    # No markup: what users and models write is full of brackets.
+    made = Console(highlight=False, markup=False)
+    return made if made.is_terminal else Console(highlight=False, markup=False, width=110)
 
 
 def _styled(word: str) -> Text:
@@ -106,7 +107,7 @@ def question(
     title = f"{number}. {agent}" if number is not None else agent
     return Panel(
         Group(Text(f"“{text}”", style="bold"), Text(), body, Text(), Text(footer, style="dim")),
-        title=title,
+        title=Text(title),
         title_align="left",
         box=box.ROUNDED,
     )
@@ -153,8 +154,11 @@ def _summary(row: SyscallRow) -> Group:
     if row.status != "ok":
         lines.append(Text(_cut(f"{result['error']}: {result['message']}", 200), style="red"))
     elif row.name == "Evaluate":
-        for fired in result["fired"]:
-            lines.append(Text(f"→ {fired['rule']}  {_cut(fired['comment'], 90)}", style="cyan"))
+        lines += [
+            Text(f"→ {fired['rule']}  {_cut(fired['comment'], 90)}", style="cyan")
+            for fired in result["fired"]
+            if isinstance(fired, dict)
+        ]
     elif row.name == "Generate":
         speed = result["new_tokens"] / result["run_s"] if result["run_s"] else 0.0
         lines.append(

@@ -94,6 +94,9 @@ class Wire:
                 f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors()
             )
             raise InvalidMessage(receiver, self.kind, reason) from None
+        except TypeError as error:
+            # msgpack carries bytes, JSON does not.
+            raise InvalidMessage(receiver, self.kind, str(error)) from None
 
     def message(self) -> Message:
         """Make it a message of the class of that kind, or a RawMessage if there is none."""
@@ -107,7 +110,7 @@ class Wire:
 def _pack(body: dict[str, Any]) -> bytes:
     try:
         packed = msgpack.packb(body)
-    except (UnicodeEncodeError, ValueError, OverflowError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidRequest("message", "body", str(error)) from None
     assert isinstance(packed, bytes)
     if len(packed) > MAX_MESSAGE_BYTES:

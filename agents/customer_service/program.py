@@ -18,9 +18,10 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmos.agents.base import Agent, on
+from llmos.agents.choosing import Source
 from llmos.agents.customer_service.intents import UNKNOWN, Intent, vote
 from llmos.agents.finance.messages import RiskCase
-from llmos.agents.grounding import Grounding, Source, Thresholds, citation, merge
+from llmos.agents.grounding import Grounding, Thresholds, citation, merge
 from llmos.agents.messages import Answer, Citation, Question
 from llmos.agents.reading import amount_in, days_in, number, scalars, term_facts
 from llmos.kernel.context import Context
@@ -227,6 +228,8 @@ class CustomerService(Agent):
     async def _backed(self, decision: _Decision, os: Context) -> tuple[str, tuple[Citation, ...]]:
         """The reason, marked with the passage that its policy query finds."""
         reason = decision.reason.strip()
+        if reason and reason[-1] not in ".!?":
+            reason += "."
         if not decision.policy:
             return reason, ()
         found = await os.retrieve(

@@ -13,8 +13,9 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from llmos.agents.base import Agent, on
+from llmos.agents.choosing import Source
 from llmos.agents.finance.messages import RiskCase
-from llmos.agents.grounding import Grounding, Source, Thresholds, citation
+from llmos.agents.grounding import Grounding, Thresholds, citation
 from llmos.agents.messages import Answer, Citation, Question
 from llmos.agents.reading import term_facts
 from llmos.kernel.context import Context
@@ -107,7 +108,9 @@ class Finance(Agent):
             thresholds=self.config.thresholds,
         ).answer(question.text, [Source.of(p) for p in found.passages])
         if grounded.grounded == "none":
-            return Answer(text="The risk policy does not say anything about that.")
+            return Answer(
+                text="The risk policy does not say anything about that.", decision="refuse"
+            )
         return Answer(
             text=grounded.text,
             decision="answer",
@@ -123,11 +126,13 @@ class Finance(Agent):
         reasons = [str(p.get("reason")) for p in verdict.all("points")]
         query = ". ".join([case.case.replace("-", " "), *reasons])
         found = await os.retrieve(self.config.corpus, query, k=6)
-        sources = [Source.of(p) for p in found.passages]
-        advice = str(outcome.get("advice"))
+        advice, decision = str(outcome.get("advice")), str(outcome.get("decision"))
+        meaning = f"A score of {_signed(outcome.get('score'))} means {decision}"
+        general = await os.retrieve(self.config.corpus, meaning, k=1)
+        sources = [Source.of(p) for p in (*found.passages, *general.passages)]
         backing = await Grounding(
             os, model="", embedder=self.config.embedder, thresholds=self.config.thresholds
-        ).cite([*reasons, advice], sources)
+        ).cite([*reasons, meaning], sources)
         order = list(dict.fromkeys(i for i in backing if i is not None))
         marks = [f" [{order.index(i) + 1}]" if i is not None else "" for i in backing]
         parts = [f"{advice.rstrip('.')}{marks[-1]}."]

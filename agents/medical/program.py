@@ -14,10 +14,11 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from llmos.agents.base import Agent, on
-from llmos.agents.grounding import Grounded, Grounding, Source, Thresholds, rescored
-from llmos.agents.medical.statements import sentences
+from llmos.agents.choosing import Source
+from llmos.agents.grounding import Grounded, Grounding, Thresholds, rescored
+from llmos.agents.medical.statements import asked_for, sentences
 from llmos.agents.messages import Answer, Question
-from llmos.agents.reading import term_facts
+from llmos.agents.reading import term_facts, terms
 from llmos.kernel.context import Context
 from llmos.kernel.manifest import Manifest
 from llmos.syscalls.graph import GraphNode
@@ -116,9 +117,11 @@ class Medical(Agent):
         statements: list[Source] = []
         if self.config.graph:
             named = await os.find_nodes(self.config.graph, text, limit=self.config.nodes)
-            nodes = named.nodes
+            said = terms(text)
+            # "No chest pain" names chest pain and is not about it.
+            nodes = [n for n in named.nodes if not said.get("-".join(n.name.lower().split()))]
             for node in nodes:
-                statements += await self._statements(node, os)
+                statements += await self._statements(text, node, os)
         if statements:
             texts = [text, *(s.text for s in statements)]
             vectors = (await os.embed(self.config.embedder, texts)).vectors
@@ -132,8 +135,8 @@ class Medical(Agent):
         ).answer(text, sources)
         return grounded, nodes
 
-    async def _statements(self, node: GraphNode, os: Context) -> list[Source]:
-        """What the graph says about a node, one source a sentence."""
+    async def _statements(self, text: str, node: GraphNode, os: Context) -> list[Source]:
+        """What the graph says about a node and the question asks for, one source a sentence."""
         found = await os.neighbours(self.config.graph, node.id, limit=60)
         version = next((p.version for p in found.provenance), "")
         return [
@@ -143,7 +146,7 @@ class Medical(Agent):
                 title=node.name,
                 sentences=(sentence,),
             )
-            for sentence in sentences(node, found.neighbours)
+            for sentence in sentences(node, asked_for(text, node, found.neighbours))
         ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from llmos.agents import sentences as text_of
 from llmos.syscalls.graph import GraphNode, Neighbour
 
 OUT = {
@@ -25,14 +26,59 @@ OUT = {
 IN = {
     "is_a": "Kinds of {o} are {s}",
     "has_symptom": "{o} can be a symptom of {s}",
-    "treated_by": "{o} is used against {s}",
+    "treated_by": "{o} can be used against {s}",
     "caused_by": "{o} can cause {s}",
-    "prevented_by": "{o} helps to prevent {s}",
-    "raised_by": "{o} raises the risk of {s}",
-    "affects": "{o} is affected by {s}",
+    "prevented_by": "{o} can help to prevent {s}",
+    "raised_by": "{o} can raise the risk of {s}",
+    "affects": "{o} can be affected by {s}",
     "can_lead_to": "{o} can follow from {s}",
 }
 """Relation → sentence, read from the object; {s} may be several things."""
+
+CUES = {
+    "has_symptom": "symptom sign feel notic recogni",
+    "treated_by": "treat help against medicin cure cura therap remed reliev ease manag",
+    "caused_by": "caus why trigger reason",
+    "spread_by": "spread catch contagious infectious infect transmi pass",
+    "prevented_by": "prevent avoid protect stop vaccin",
+    "raised_by": "risk caus likely trigger why",
+    "found_by": "test diagnos found check detect measur",
+    "can_lead_to": "lead complicat follow consequenc dangerous untreat serious",
+    "affects": "affect organ",
+    "is_a": "kind type categor class",
+    "seek_help_for": "doctor emergency help hospital seriou",
+}
+"""Relation → beginnings of words with which people ask for it."""
+
+_ALWAYS = frozenset({"has_symptom", "treated_by"})
+"""What is said of an illness where the question gives no cue."""
+
+
+def asked_for(question: str, node: GraphNode, neighbours: Sequence[Neighbour]) -> list[Neighbour]:
+    """The statements that the question asks for.
+
+    By the words people use, not by embeddings: every statement about a node names it, so
+    "Migraine affects the head" is as near to a question about its symptoms as the symptoms.
+    A symptom or another thing named is always connected to the illnesses it belongs to.
+    """
+    words = text_of.words(question)
+
+    def cued(relation: str) -> bool:
+        cues = tuple(CUES.get(relation, relation.replace("_", " ")).split())
+        return any(word.startswith(cues) for word in words)
+
+    outgoing = {n.statement.relation for n in neighbours if n.statement.subject == node.id}
+    wanted = {r for r in outgoing if cued(r)} or (outgoing & _ALWAYS)
+    causes = cued("caused_by") or cued("raised_by")
+    return [
+        n
+        for n in neighbours
+        if (
+            n.statement.relation in wanted
+            if n.statement.subject == node.id
+            else not outgoing or (causes and n.statement.relation == "can_lead_to")
+        )
+    ]
 
 
 def sentences(node: GraphNode, neighbours: Sequence[Neighbour], most: int = 8) -> list[str]:

@@ -190,6 +190,10 @@ class _Machine:
     def start(self) -> None:
         """Forget everything of the evaluation before."""
         self.trace.clear()
+        # What rules may set, and a reset leaves.
+        self.env.fact_duplication = False
+        self.env.strategy = clips.Strategy.DEPTH
+        self.env.salience_evaluation = clips.SalienceEvaluation.WHEN_DEFINED
         self.env.reset()
         self.env.eval("(setgen 1)")
 

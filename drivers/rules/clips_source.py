@@ -29,8 +29,8 @@ _FILES = (
 _SYSTEM = "system exit python-function set-locale"
 _TEXT_AS_CODE = "eval build assert-string str-assert load-facts-from-string check-syntax"
 _ENVIRONMENT = (
-    "clear reset run watch unwatch set-break remove-break set-strategy set-fact-duplication "
-    "set-reset-globals set-salience-evaluation set-dynamic-constraint-checking "
+    "clear reset run watch unwatch set-break remove-break "
+    "set-reset-globals set-dynamic-constraint-checking "
     "set-sequence-operator-recognition set-class-defaults-mode undefrule undeftemplate "
     "undeffacts undeffunction undefglobal undefgeneric undefmethod undefclass "
     "undefmessage-handler undefinstances profile profile-reset conserve-mem release-mem"

@@ -58,6 +58,7 @@ class ForgetClient(Action):
     """A host is gone: devices cancel what it had in them."""
 
     client: str
+    """``process@epoch``: its successor is another client."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -180,7 +180,8 @@ class KernelCore:
         if process.kind is ProcessKind.DEVICE:
             out += self._device_lost(process, event)
         if process.kind is ProcessKind.HOST:
-            out.append(act.ForgetClient(client=process.name, cause=event.cause))
+            client = f"{process.name}@{process.epoch}"
+            out.append(act.ForgetClient(client=client, cause=event.cause))
         if delay is None:
             process.state = ProcessState.GIVEN_UP
             if process.kind is ProcessKind.HOST:
@@ -333,16 +334,18 @@ class KernelCore:
     def _thread_quota(self, spec: ModelSpec, device: DeviceSpec) -> int:
         """Threads of a slot.
 
-        An encoder's texts are short, so one thread keeps its latency low without making
-        the decode steps beside it wait at a barrier; a causal model gets the device's
-        threads, shared between the causal models that the system names.
+        One core is left to the hosts and the store: threads of one computation wait for
+        each other at every step, so a single one that has to share its core holds up all
+        of them. An encoder gets half: its texts are short. The causal models of the
+        system share what there is.
         """
         if spec.threads is not None:
             return max(1, min(spec.threads, device.threads))
+        usable = max(1, device.threads - 1)
         if spec.kind == "encoder":
-            return max(1, device.threads // 2)
+            return max(1, usable // 2)
         causal = sum(1 for m in self.models.values() if m.kind == "causal")
-        return max(1, device.threads // max(1, causal))
+        return max(1, usable // max(1, causal))
 
     def _load(self, slot: Slot, device: str, event: ev.Event) -> act.LoadSlot:
         return act.LoadSlot(slot=slot.name, device=device, threads=slot.threads, cause=event.cause)

@@ -228,3 +228,16 @@ def test_not_and_exists_leave_no_gap_in_the_reasons() -> None:
     base = ClipsRuleBase("r", source)
     outcome = base.evaluate([Fact("t", {"x": 1}), Fact("t", {"x": 3})])
     assert outcome.firings[0].because == ("(t (x 1))",)
+
+
+def test_settings_of_one_evaluation_do_not_reach_the_next() -> None:
+    source = """
+    (defrule set (declare (salience 9)) (mode) => (set-fact-duplication TRUE) (set-strategy breadth))
+    (defrule twice (n) => (assert (m)) (assert (m)))
+    (defrule first (n) => (bind ?x (gensym)) (assert (symbol ?x)))
+    """
+    base = ClipsRuleBase("r", source)
+    before = base.evaluate([Fact("n", {})])
+    changed = base.evaluate([Fact("mode", {}), Fact("n", {})])
+    assert [f.template for f in changed.facts].count("m") == 2
+    assert base.evaluate([Fact("n", {})]) == before
