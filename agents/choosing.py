@@ -25,12 +25,18 @@ class Source:
     title: str = ""
     score: float = 0.0
     """Nearness to the question as the retrieval found it."""
+    by_name: bool = False
+    """Found because the question names it: surely about what is asked."""
     sentences: tuple[str, ...] = ()
     """Left empty, they are split off ``text``."""
 
     def __post_init__(self) -> None:
         if not self.sentences:
-            split = [s for s in text_of.split_sentences(self.text) if not s.endswith("?")]
+            split = [
+                s
+                for s in text_of.split_sentences(self.text)
+                if not s.endswith("?") and not text_of.is_pointer(s)
+            ]
             object.__setattr__(self, "sentences", tuple(split))
 
     @classmethod
@@ -125,6 +131,39 @@ def in_context(sentence: str, title: str) -> str:
     """A sentence with what its page is about: "It lasts two days" alone is near to nothing."""
     said = text_of.content_words(sentence)
     return sentence if not title or text_of.content_words(title) <= said else f"{title}: {sentence}"
+
+
+def about(
+    question: str, sources: Sequence[Source], *, relevant: float, certain: float, named: float
+) -> list[Source]:
+    """The sources that are about what is asked.
+
+    "How is lupus treated?" is near to every text on a treatment, so nearness alone will
+    not do. Below ``certain`` a source must itself name a share ``named`` of what the question
+    is about; where it names all of it, it may be a little less near than ``relevant``.
+    """
+    focus = text_of.focus_words(question)
+    kept = []
+    for source in sources:
+        held = len(focus & text_of.content_words(f"{source.title} {source.text}"))
+        least = 0.7 * relevant if len(focus) >= 2 and held == len(focus) else relevant
+        if (
+            source.by_name
+            or source.score >= certain
+            or (source.score >= least and held >= named * len(focus))
+        ):
+            kept.append(source)
+    return kept
+
+
+def first_lines(question: str, evidence: Sequence[tuple[int, str]]) -> npt.NDArray[np.float32]:
+    """A bonus for the first sentence of each source, where it is asked what something is."""
+    defining = _WHAT_IS.match(question.strip()) is not None
+    firsts = [n == 0 or evidence[n - 1][0] != i for n, (i, _) in enumerate(evidence)]
+    return np.array([0.1 if defining and first else 0.0 for first in firsts], dtype=np.float32)
+
+
+_WHAT_IS = re.compile(r"^what(?:'s| is| are| does)\s+(?!the\b)[^?]{1,60}\??$", re.IGNORECASE)
 
 
 def near_lines(lines: Sequence[Line], sources: Sequence[Source]) -> list[Line]:

@@ -25,8 +25,10 @@ from llmos.agents import sentences as text_of
 from llmos.agents.choosing import (
     Line,
     Source,
+    about,
     choose_lines,
     coverage,
+    first_lines,
     in_context,
     near_lines,
     question_parts,
@@ -50,7 +52,9 @@ class Thresholds(BaseModel):
     relevant: float = Field(default=0.4, ge=0, le=1)
     """Best source for a question below this: nothing is claimed."""
     certain: float = Field(default=0.6, ge=0, le=1)
-    """From here on a source answers even a question none of whose own words it contains."""
+    """From here on a source counts even if it contains none of the question's own words."""
+    named: float = Field(default=0.5, ge=0, le=1)
+    """Below ``certain``, the share of the question's own words that a source contains."""
     alike: float = Field(default=0.5, ge=0, le=1)
     """A draft sentence is this near to the sentence that supports it."""
     overlap: float = Field(default=0.7, ge=0, le=1)
@@ -105,15 +109,31 @@ class Grounding:
         self._passage_tokens = passage_tokens
         self._max_new_tokens = max_new_tokens
 
-    async def answer(self, question: str, sources: Sequence[Source]) -> Grounded:
+    async def answer(
+        self, question: str, sources: Sequence[Source], *, topic: str = ""
+    ) -> Grounded:
         """Answer from the sources, or say that they do not fit.
+
+        Args:
+            question: In a person's words.
+            sources: What may be cited, best first.
+            topic: What the question is about, where that is known by other means; sources
+                then need not use the question's own words.
 
         Raises:
             SyscallError: as embed raises it. A model that is busy, broken or too slow is no
                 error here: the sources then answer in their own words, and ``trouble`` says so.
         """
-        sources = [s for s in sources if s.sentences]
-        if not self._fits(question, sources):
+        limits = self._limits
+        certain = 0.7 * limits.relevant if topic else limits.certain
+        sources = [
+            s
+            for s in about(
+                question, sources, relevant=limits.relevant, certain=certain, named=limits.named
+            )
+            if s.sentences
+        ]
+        if not sources:
             return Grounded("", "none", 0.0)
         draft, trouble = "", ""
         if self._model:
@@ -121,13 +141,16 @@ class Grounding:
         claims = clean_draft(draft, question)
         evidence = [(i, s) for i, source in enumerate(sources) for s in source.sentences]
         parts = question_parts(question)
+        if topic:
+            parts.append(topic)
         embedded = await self._os.embed(
             self._embedder,
             [*parts, *claims, *(in_context(s, sources[i].title) for i, s in evidence)],
         )
         asked, vectors = embedded.vectors[: len(parts)], embedded.vectors[len(parts) :]
         claimed, stated = vectors[: len(claims)], vectors[len(claims) :]
-        fits = 0.75 * (stated @ asked.T) + 0.1 * shared_words(question, evidence)[:, None]
+        bonus = 0.1 * shared_words(question, evidence) + first_lines(question, evidence)
+        fits = 0.75 * (stated @ asked.T) + bonus[:, None]
         lines = [
             Line(s, i, float(fits[n].max()) + 0.25 * sources[i].score, n)
             for n, (i, s) in enumerate(evidence)
@@ -188,23 +211,6 @@ class Grounding:
             evidence[int(row.argmax())][0] if float(row.max()) >= self._limits.relevant else None
             for row in near
         ]
-
-    def _fits(self, question: str, sources: Sequence[Source]) -> bool:
-        """Whether the sources are about what is asked.
-
-        A short question about something unknown ("How is lupus treated?") is near to every
-        text of the same kind; so below ``certain`` the sources must also name most of what
-        the question names. Where they name all of it, they may be a little further away.
-        """
-        best = max((s.score for s in sources), default=0.0)
-        if best >= self._limits.certain:
-            return True
-        near = [s for s in sources if s.score >= best - 0.15]
-        held = set().union(*(text_of.content_words(f"{s.title} {s.text}") for s in near))
-        named = text_of.content_words(question)
-        if len(named) >= 2 and named <= held:
-            return best >= 0.7 * self._limits.relevant
-        return best >= self._limits.relevant and 2 * len(named & held) >= len(named)
 
     def _supported(
         self, claim: str, near: npt.NDArray[np.float32], lines: Sequence[Line]

@@ -45,8 +45,8 @@ _UNITS = {
 _TIMES = ("second", "minute", "hour", "day", "week", "month", "year")
 
 STOPWORDS = frozenset(
-    "a about after all also an and any are as at be been being before both but by can could did do "
-    "does doing don each either for from get getting give given go got had has have having he her "
+    "a about after against all also although an and any are as at be because been being before both but by can could did do "
+    "does doing don during each either for from get getting give given go got had has have having he her "
     "here hers him his how i if in into is it its itself just like make makes me might mine more "
     "most my no nor not of off on once only or other our ours out over own please s same she should "
     "so some such t than that the their theirs them then there these they this those through to too "
@@ -61,6 +61,21 @@ CRITICAL = frozenset(
     "within without instead immediately automatically guaranteed always safe dangerous".split()
 )
 """Words that turn a statement round: a claim may hold one only if its source does."""
+
+GENERIC = frozenset(
+    "treat treatment treatm symptom sign cause caus diagnos diagnose diagnosis disease diseas illness "
+    "syndrome syndrom condition disorder patient people person problem thing way kind type long last "
+    "best good bad lot curable cure cur help work time day week month year today now still already "
+    "question information inform possible possibl mean happen use using look find found feel take "
+    "took see said say show think thought try person adult normal actually really ok hi hello thank "
+    "much many often new old pleas outlook prognosis manag medicin medical doctor could".split()
+)
+"""Stems and words by which a question asks, rather than what it asks about."""
+
+_POINTER = re.compile(
+    r"https?://|www\.|\bclick here\b|\b(?:table|list) below\b|\bthe following\b[^:]*[.:]$|:\s*\.?$",
+    re.IGNORECASE,
+)
 
 _NEGATION = re.compile(
     r"\b(?:not|no|never|none|nobody|nothing|nor|cannot|without|unable)\b|n['’]t\b", re.IGNORECASE
@@ -211,6 +226,17 @@ def stem(word: str) -> str:
 def content_words(text: str) -> set[str]:
     """Stems of the words that carry the meaning."""
     return {stem(w) for w in words(text) if w not in STOPWORDS and (len(w) > 1 or not w.isascii())}
+
+
+def focus_words(text: str) -> set[str]:
+    """Stems of the words that say what a question is about."""
+    generic = {stem(w) for w in GENERIC} | GENERIC
+    return {w for w in content_words(text) if w not in generic} or content_words(text)
+
+
+def is_pointer(sentence: str) -> bool:
+    """Whether a sentence only says where to look: a link, a list that is not part of it."""
+    return _POINTER.search(sentence) is not None
 
 
 def critical_words(text: str) -> set[str]:

@@ -22,9 +22,7 @@ class Entry(NamedTuple):
 
 TABLE: dict[tuple[str, str], Entry] = {
     ("device", "cpu"): Entry("llmos.drivers.devices.cpu:CpuDevice"),
-    ("device", "cuda"): Entry(
-        "llmos.drivers.devices.cuda:CudaDevice", "pip install 'llmos[cuda]'"
-    ),
+    ("device", "cuda"): Entry("llmos.drivers.devices.cuda:CudaDevice", "pip install 'llmos[cuda]'"),
     ("device", "memory"): Entry("llmos.drivers.devices.memory:MemoryDevice"),
     ("engine", "causal"): Entry("llmos.drivers.engines.causal:TransformersCausalEngine"),
     ("engine", "echo"): Entry("llmos.drivers.engines.echo:EchoEngine"),
@@ -32,7 +30,9 @@ TABLE: dict[tuple[str, str], Entry] = {
     ("engine", "hash"): Entry("llmos.drivers.engines.hashing:HashEncoder"),
     ("graph", "memory"): Entry("llmos.drivers.graphs.memory:MemoryGraph"),
     ("graph", "networkx"): Entry("llmos.drivers.graphs.networkx_graph:NetworkxGraph"),
-    ("rules", "clips"): Entry("llmos.drivers.rules.clips:ClipsRuleBase", "pip install 'llmos[demo]'"),
+    ("rules", "clips"): Entry(
+        "llmos.drivers.rules.clips:ClipsRuleBase", "pip install 'llmos[demo]'"
+    ),
     ("rules", "memory"): Entry("llmos.drivers.rules.memory:MemoryRuleBase"),
     ("store", "memory"): Entry("llmos.drivers.stores.memory:MemoryStore"),
     ("store", "sqlite"): Entry("llmos.drivers.stores.sqlite:SqliteStore"),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.core import Metric
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
@@ -94,8 +95,8 @@ def export(process: str) -> Exported:
     )
 
 
-def render(exports: list[Exported]) -> str:
-    """Join the metrics of several processes into one exposition, with a label ``process``."""
+def join(exports: list[Exported]) -> list[Metric]:
+    """The metrics of several processes as one, with a label ``process``."""
     families: dict[str, Metric] = {}
     for exported in exports:
         for name, help_text, kind, samples in exported.families:
@@ -103,11 +104,51 @@ def render(exports: list[Exported]) -> str:
             for sample, labels, value in samples:
                 if not sample.endswith("_created"):
                     family.add_sample(sample, {**labels, "process": exported.process}, value)
+    return list(families.values())
 
-    class Joined(Collector):
-        def collect(self) -> list[Metric]:
-            return list(families.values())
 
+class _Gathered(Collector):
+    """A registry's only collector: asks for the exports whenever it is scraped."""
+
+    def __init__(self, gather: Callable[[], list[Exported]]) -> None:
+        self._gather = gather
+
+    def describe(self) -> list[Metric]:
+        """Nothing: registering must not scrape."""
+        return []
+
+    def collect(self) -> list[Metric]:
+        """Join what is there now."""
+        return join(self._gather())
+
+
+def render(exports: list[Exported]) -> str:
+    """Prometheus text of several processes."""
     registry = CollectorRegistry()
-    registry.register(Joined())
+    registry.register(_Gathered(lambda: exports))
     return generate_latest(registry).decode()
+
+
+class MetricsEndpoint:
+    """``/metrics`` on 127.0.0.1, for a Prometheus beside it."""
+
+    def __init__(self, port: int, gather: Callable[[], list[Exported]]) -> None:
+        """Serve at once.
+
+        Args:
+            port: 0 takes a free one.
+            gather: Called from the server's thread for every scrape.
+
+        Raises:
+            OSError: the port is taken.
+        """
+        registry = CollectorRegistry()
+        registry.register(_Gathered(gather))
+        self._server, self._thread = start_http_server(port, "127.0.0.1", registry)
+        self.port: int = self._server.server_port
+
+    def close(self) -> None:
+        """Stop serving."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join(timeout=5.0)

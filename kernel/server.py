@@ -28,7 +28,7 @@ from llmos.kernel.core.state import KernelCore
 from llmos.kernel.core.types import DeviceSpec, ModelSpec, ProcessKind, ProcessState
 from llmos.kernel.directory import Directory, SlotRoute
 from llmos.kernel.manifest import Manifest
-from llmos.kernel.metrics import AGENTS, MEMORY, RESTARTS, Exported, export, render
+from llmos.kernel.metrics import AGENTS, MEMORY, RESTARTS, Exported, MetricsEndpoint, export, render
 from llmos.kernel.remote import Handle, ProcessGone, answers, call
 from llmos.kernel.router import Location
 from llmos.kernel.settings import Settings
@@ -39,8 +39,6 @@ log = logging.getLogger("llmos.kernel")
 
 PING_S = 2.0
 """How often a process is asked whether it answers."""
-DEAF_S = 20.0
-"""A process that has not answered for so long is killed: it hangs or is cut off."""
 START_S = 120.0
 """A process that has not come up after so long is killed."""
 
@@ -70,6 +68,7 @@ class KernelServer:
         self._tasks: set[asyncio.Task[None]] = set()
         self._fences: dict[str, asyncio.Task[None]] = {}
         self._booting: asyncio.Task[None] | None = None
+        self._endpoint: MetricsEndpoint | None = None
         self._closing = False
         self._self: Handle = None
         self._started_at = self._clock.time()
@@ -94,6 +93,8 @@ class KernelServer:
 
     async def _boot(self) -> None:
         self._self = workers.this_actor()
+        if self._system.system.metrics_port is not None:
+            self._serve_metrics(self._system.system.metrics_port)
         devices = await asyncio.to_thread(self._find_devices)
         models = await asyncio.to_thread(self._find_models)
         epoch = int(self._clock.time() * 1000)  # Above every epoch of an earlier boot.
@@ -569,18 +570,16 @@ class KernelServer:
 
     async def _keep_pinging(self) -> None:
         """Kill what no longer answers: a hung process holds up its agents for ever."""
-        deaf: dict[Handle, float] = {}
+        patience_s = self._system.system.hang_timeout_s
 
         async def ping(name: str, handle: Handle) -> None:
-            asked = self._clock.monotonic()
             try:
-                await call(handle.ping.remote(), name, DEAF_S)
+                await call(handle.ping.remote(), name, patience_s)
             except DeadlineExceeded:
-                log.error("%s has not answered for %.0f s and is killed", name, DEAF_S)
+                log.error("%s has not answered for %.0f s and is killed", name, patience_s)
                 workers.kill(handle)
-            except LlmosError:
-                pass  # It is gone; its lifeline says so.
-            deaf[handle] = asked
+            except LlmosError as error:
+                log.debug("ping: %s", error)  # It is gone; its lifeline says so, too.
 
         pending: dict[str, asyncio.Task[None]] = {}
         while not self._closing:
@@ -702,15 +701,33 @@ class KernelServer:
             "knowledge": knowledge,
             "hosts": {n: s for n, s in statistics.items() if n.startswith("host")},
             "agents": len(core.agents),
+            "metrics_port": self._endpoint.port if self._endpoint else None,
         }
 
     async def metrics(self) -> str:
         """Prometheus text of all processes."""
+        return render(await self._exports())
+
+    async def _exports(self) -> list[Exported]:
         exports: list[Exported] = [export("kernel")]
         for name, handle in list(self._handles.items()):
             with contextlib.suppress(LlmosError):
                 exports.append(await call(handle.metrics.remote(), name, 5.0))
-        return render(exports)
+        return exports
+
+    def _serve_metrics(self, port: int) -> None:
+        loop = asyncio.get_running_loop()
+
+        def gather() -> list[Exported]:
+            return asyncio.run_coroutine_threadsafe(self._exports(), loop).result(30.0)
+
+        try:
+            self._endpoint = MetricsEndpoint(port, gather)
+        except OSError as error:
+            raise KernelError(
+                f"metrics_port = {port}: {error}", remedy="Choose another port, or 0 for a free one"
+            ) from None
+        log.info("metrics at http://127.0.0.1:%d/metrics", self._endpoint.port)
 
     @answers
     async def turns(self, agent: str | None, limit: int) -> Any:
@@ -746,6 +763,8 @@ class KernelServer:
             )
             for handle in handles.values():
                 workers.kill(handle)
+        if self._endpoint is not None:
+            await asyncio.to_thread(self._endpoint.close)
         for task in self._tasks:
             if task is not asyncio.current_task():
                 task.cancel()

@@ -21,8 +21,7 @@ class Settings(BaseSettings):
         env_prefix="LLMOS_",
         frozen=True,
         extra="ignore",
-        # Without it Settings(ray_address=…) would be ignored in favour of the environment.
-        populate_by_name=True,
+        # RAY_ADDRESS="" is no address: it would be neither joined nor taken for none.
         env_ignore_empty=True,
     )
 

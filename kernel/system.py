@@ -67,6 +67,10 @@ class SystemTable(_Table):
 
     name: Name = "system"
     """Names the run folder; two systems of one name do not run side by side."""
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    """Serve Prometheus metrics on 127.0.0.1 at this port; 0 takes a free one."""
+    hang_timeout_s: float = Field(default=20.0, ge=1.0)
+    """A process that has not answered for so long hangs: it is killed and restarted."""
 
 
 class DeviceTable(_Table):
@@ -191,8 +195,6 @@ class SystemConfig(_Table):
     graphs: dict[Name, GraphTable] = Field(default_factory=dict)
     rules: dict[Name, RulesTable] = Field(default_factory=dict)
     agents: tuple[AgentTable, ...] = ()
-    metrics_port: int | None = Field(default=None, ge=0, le=65535)
-    """Serve Prometheus metrics on 127.0.0.1 at this port; 0 takes a free one."""
     base: Path = Path()
     """Folder of the file; relative paths start here. Not written in the file."""
 

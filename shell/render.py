@@ -36,9 +36,11 @@ _STYLES = {
 
 def console() -> Console:
     """Standard output; wide enough to read where it is not a terminal."""
-    # No markup: what users and models write is full of brackets.
-    made = Console(highlight=False, markup=False)
-    return made if made.is_terminal else Console(highlight=False, markup=False, width=110)
+    # No markup: what users and models write is full of brackets and colons.
+    made = Console(highlight=False, markup=False, emoji=False)
+    if not made.is_terminal:
+        made = Console(highlight=False, markup=False, emoji=False, width=110)
+    return made
 
 
 def _styled(word: str) -> Text:
@@ -101,7 +103,12 @@ def where_time_went(syscalls: Sequence[SyscallRow], elapsed_s: float) -> str:
 
 
 def question(
-    agent: str, text: str, body: RenderableType, footer: str, number: int | None = None
+    agent: str,
+    text: str,
+    body: RenderableType,
+    footer: str,
+    number: int | None = None,
+    note: str = "",
 ) -> Panel:
     """A question with what came of it."""
     title = f"{number}. {agent}" if number is not None else agent

@@ -35,6 +35,8 @@ class Asked(BaseModel):
     agent: str
     text: str = Field(min_length=1)
     data: dict[str, JsonValue] = Field(default_factory=dict)
+    note: str = ""
+    """For whoever reads the file; shown beside the question."""
 
 
 def read_questions(file: Path) -> list[Asked]:
@@ -47,7 +49,7 @@ def read_questions(file: Path) -> list[Asked]:
         data = tomllib.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SystemFileError(str(file), "no such file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise SystemFileError(str(file), str(error)) from None
     questions = data.get("questions", [])
     if not isinstance(questions, list) or not questions:
@@ -74,12 +76,13 @@ class Result:
     reply: Reply | None
     error: LlmosError | None
     syscalls: Sequence[SyscallRow] = ()
+    note: str = ""
 
     @classmethod
-    def of(cls, kernel: Kernel, agent: str, text: str, reply: Reply) -> Result:
+    def of(cls, kernel: Kernel, agent: str, text: str, reply: Reply, note: str = "") -> Result:
         """With the record of its turn."""
         recorded = kernel.turn(reply.turn) if reply.turn else None
-        return cls(agent, text, reply, reply.error, recorded[1] if recorded else ())
+        return cls(agent, text, reply, reply.error, recorded[1] if recorded else (), note)
 
     def panel(self, number: int | None) -> Panel:
         """For the terminal."""
@@ -92,7 +95,7 @@ class Result:
         if self.reply is not None and self.reply.turn:
             spent = render.where_time_went(self.syscalls, self.reply.elapsed_s)
             footer = f"{spent}\nllmos strace {self.reply.turn}"
-        return render.question(self.agent, self.text, body, footer, number)
+        return render.question(self.agent, self.text, body, footer, number, self.note)
 
     def as_json(self) -> dict[str, Any]:
         """For ``--json``."""
@@ -126,8 +129,8 @@ def ask_all(kernel: Kernel, questions: Sequence[Asked], deadline_s: float) -> It
             wire = Wire.of(Question(text=asked.text, data=asked.data))
             reply = kernel.ask_reply(asked.agent, wire, deadline_s=deadline_s)
         except LlmosError as error:
-            return Result(asked.agent, asked.text, None, error)
-        return Result.of(kernel, reply.agent, asked.text, reply)
+            return Result(asked.agent, asked.text, None, error, note=asked.note)
+        return Result.of(kernel, reply.agent, asked.text, reply, asked.note)
 
     # Threads only wait here; the work is on the client's loop.
     with ThreadPoolExecutor(min(MAX_SIDE_BY_SIDE, max(1, len(questions)))) as pool:

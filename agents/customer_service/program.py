@@ -34,6 +34,8 @@ NOT_FOUND = (
     "I could not find anything about that in our help pages, and I would rather not guess. "
     "A colleague can help you further."
 )
+_UNDERSTOOD = 0.65
+"""From this confidence on, the intent says what the question is about."""
 _OWN_DATA = frozenset({"amount", "currency", "days", "intent"})
 
 
@@ -110,10 +112,13 @@ class CustomerService(Agent):
     async def answer(self, question: Question, os: Context) -> Answer:
         """Deal with one question."""
         intent = await self._intent(question, os)
-        found = await os.retrieve(self.config.corpus, question.text, k=self.config.passages)
+        # A wish that is understood also finds pages that use other words for it.
+        topic = intent.label.replace("_", " ") if intent.confidence >= _UNDERSTOOD else ""
+        query = f"{topic}: {question.text}" if topic else question.text
+        found = await os.retrieve(self.config.corpus, query, k=self.config.passages)
         decision = await self._decide(question, intent, found.passages, os)
         if decision.action == "answer":
-            answer = await self._answer(question, found.passages, os)
+            answer = await self._answer(question, topic, found.passages, os)
         elif decision.action == "hand-over" and self.config.finance:
             answer = await self._hand_over(question, decision, os)
         else:
@@ -173,9 +178,10 @@ class CustomerService(Agent):
         )
 
     async def _answer(
-        self, question: Question, passages: Sequence[FoundPassage], os: Context
+        self, question: Question, topic: str, passages: Sequence[FoundPassage], os: Context
     ) -> Answer:
-        grounded = await self._grounding(os).answer(question.text, [Source.of(p) for p in passages])
+        sources = [Source.of(p) for p in passages]
+        grounded = await self._grounding(os).answer(question.text, sources, topic=topic)
         if grounded.grounded == "none":
             return Answer(text=NOT_FOUND, decision="refuse")
         return Answer(

@@ -49,7 +49,8 @@ class MedicalConfig(BaseModel):
     passages: int = Field(default=5, ge=1, le=20)
     nodes: int = Field(default=3, ge=1, le=10)
     """Things named in a question that the graph is asked about."""
-    thresholds: Thresholds = Thresholds()
+    thresholds: Thresholds = Thresholds(certain=0.85, named=0.6)
+    """Stricter than elsewhere: another illness of the same kind must not answer."""
 
 
 class Medical(Agent):
@@ -144,6 +145,7 @@ class Medical(Agent):
                 sentence,
                 Provenance(kind="graph", source=node.id, version=version, corpus=self.config.graph),
                 title=node.name,
+                by_name=True,
                 sentences=(sentence,),
             )
             for sentence in sentences(node, asked_for(text, node, found.neighbours))

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 from llmos.drivers.devices.cpu import set_torch_threads
-from llmos.drivers.engines.quiet import quiet_loading
+from llmos.drivers.engines.loading import loading
 from llmos.drivers.errors import EngineFailed
 from llmos.drivers.models.footprint import context_tokens
 from llmos.drivers.protocols import EngineOptions, EngineStatistics, Vectors
@@ -40,7 +40,7 @@ class TransformersEncoderEngine:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 options.path, local_files_only=True, trust_remote_code=False
             )
-            with quiet_loading():
+            with loading():
                 model = AutoModel.from_pretrained(
                     options.path,
                     dtype=dtype,

@@ -24,7 +24,7 @@ from transformers.generation.continuous_batching.requests import RequestState, R
 
 from llmos.drivers.engines import paged_attention
 from llmos.drivers.engines.blocks import BlockPool
-from llmos.drivers.engines.quiet import quiet_loading
+from llmos.drivers.engines.loading import loading
 from llmos.drivers.engines.sampling import choose
 from llmos.drivers.protocols import EngineOptions, SamplingParams
 
@@ -92,7 +92,7 @@ class Stepper:
     def __init__(self, options: EngineOptions) -> None:
         self.dtype = torch_dtype(options)
         self.device = torch.device(options.torch_device)
-        with quiet_loading():
+        with loading():
             model = AutoModelForCausalLM.from_pretrained(
                 options.path,
                 dtype=self.dtype,

@@ -15,6 +15,8 @@ from llmos.kernel.system import SystemConfig
 SYSTEM = """
 [system]
 name = "test"
+metrics_port = 0
+hang_timeout_s = 5
 
 [[devices]]
 driver = "cpu"

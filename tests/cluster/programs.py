@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import os as system
+import threading
 from typing import ClassVar
 
 from pydantic import BaseModel
@@ -148,9 +148,14 @@ class Judge(Worker):
 class Stubborn(Agent):
     """Blocks its whole process: what a runaway loop does."""
 
+    State: ClassVar[type[BaseModel]] = Counter
+    state: Counter
+
     @on(Wait)
     async def wait(self, message: Wait, os: Context) -> None:
-        import time
+        threading.Event().wait(message.seconds)
 
-        time.sleep(message.seconds)
-        await asyncio.sleep(0)
+    @on(Count)
+    async def count(self, message: Count, os: Context) -> Counted:
+        self.state.total += message.by
+        return Counted(total=self.state.total)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import programs as p
@@ -240,6 +241,15 @@ def test_killing_a_host_at_work_loses_neither_question_nor_state(kernel: Kernel)
     assert all(x["state"] == "up" for x in lost)
 
 
+def test_a_host_that_hangs_is_killed_and_its_agents_serve_again(kernel: Kernel) -> None:
+    agent = kernel.launch(p.Stubborn, tenant="acme")
+    kernel.ask(agent, p.Count(by=4))
+    kernel.tell(agent, p.Wait(seconds=120))
+    started = time.monotonic()
+    assert kernel.ask(agent, p.Count(by=1), p.Counted, deadline_s=60).total == 5
+    assert time.monotonic() - started < 40
+
+
 @pytest.mark.parametrize("process", ["journal", "knowledge", "device:cpu:0"])
 def test_killing_a_service_is_survived(kernel: Kernel, process: str) -> None:
     import psutil
@@ -267,6 +277,9 @@ def test_metrics_of_all_processes(kernel: Kernel, worker: str) -> None:
     assert 'llmos_turn_seconds_count{process="host:' in text
     assert 'llmos_tokens_total{model="chat",phase="decode"' in text
     assert 'llmos_device_bytes{device="cpu:0",owner="free",process="kernel"}' in text
+    port = kernel.status()["metrics_port"]
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+        assert b"llmos_turn_seconds_count" in response.read()
 
 
 def test_logs_carry_agent_and_turn(kernel: Kernel, worker: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 from ray.exceptions import RayActorError
@@ -29,6 +30,13 @@ class _Method:
         # Pickled now and not when the task runs: later changes are not seen over there.
         sent = pickle.dumps((args, kwargs))
         return asyncio.create_task(self._handle._run(self._name, sent))
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+    """Let everything run until something has become so."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():  # noqa: ASYNC110 - for what has no event to wait for
+            await asyncio.sleep(0.001)
 
 
 class LocalHandle:

@@ -32,7 +32,7 @@ class Config(BaseModel):
 
 def test_configuration_is_put_in_place_of_names() -> None:
     manifest = Manifest(
-        models=("$model", {"name": "big-$number", "memory": "1GiB"}),  # type: ignore[arg-type]
+        models=("$model", {"name": "big-$number", "memory": "1GiB"}),
         stores=("corpus:$corpus", "rules:fixed"),
         capabilities=("generate:$model", "retrieve:$corpus", "ask:$peer", "clock"),
     )

@@ -96,7 +96,9 @@ def every_request() -> list[type[Request[Any]]]:
         c
         for family in FAMILIES
         for c in vars(family).values()
-        if isinstance(c, type) and issubclass(c, Request) and c.__module__ == family.__name__
+        if isinstance(c, type)
+        and issubclass(c, Request)
+        and c.__module__ == family.__name__
         and "[" not in c.__name__
     ]
 
@@ -117,4 +119,4 @@ def test_every_name_of_a_capability_has_a_request() -> None:
 def test_requests_are_frozen() -> None:
     request = ReadState(agent="a/b/c")
     with pytest.raises(ValidationError):
-        request.agent = "x/y/z"
+        request.agent = "x/y/z"  # type: ignore[misc]

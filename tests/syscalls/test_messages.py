@@ -72,13 +72,12 @@ def test_a_message_comes_back_as_it_was(parcel: Parcel) -> None:
     assert (wire.kind, wire.module) == ("Parcel", __name__)
 
 
-def _module(name: str, field: str) -> type[Message]:
+def _module(name: str, field: str) -> Any:
     """A class ``Twin`` in a module of that name."""
     module = types.ModuleType(name)
     source = f"from llmos.syscalls.messages import Message\nclass Twin(Message):\n  {field}: int\n"
     exec(compile(source, name, "exec"), module.__dict__)
-    made: type[Message] = module.Twin
-    return made
+    return module.Twin
 
 
 def test_two_modules_may_have_a_class_of_the_same_name() -> None:

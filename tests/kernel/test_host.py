@@ -1,0 +1,551 @@
+"""A whole little kernel in one event loop: host, journal, device and knowledge, no Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import pytest
+
+from llmos.drivers.errors import StaleEpoch, StoreUnavailable
+from llmos.drivers.protocols import AgentRow, AgentWrite, EngineOptions, StoreWrite, TurnRow
+from llmos.kernel import record
+from llmos.kernel.device import DeviceServer
+from llmos.kernel.directory import Directory, SlotRoute
+from llmos.kernel.host import HostServer
+from llmos.kernel.journal import JournalServer
+from llmos.kernel.knowledge import KnowledgeServer
+from llmos.kernel.manifest import Manifest
+from llmos.kernel.program import ProgramError
+from llmos.kernel.remote import answers
+from llmos.kernel.router import Location
+from llmos.kernel.system import SystemConfig
+from llmos.syscalls.errors import (
+    Busy,
+    Cancelled,
+    CapabilityDenied,
+    DeadlineExceeded,
+    HandlerFailed,
+    InvalidMessage,
+    ReadOnlyTurn,
+    UnhandledMessage,
+    UnknownAgent,
+    UnknownResource,
+)
+from llmos.syscalls.labels import Labels
+from llmos.syscalls.messages import Envelope, Message, Reply, Wire
+from tests.kernel.local import LocalHandle, until
+from tests.kernel.programs import (
+    GATES,
+    STARTED,
+    Count,
+    Counted,
+    Do,
+    Gate,
+    Peek,
+    Said,
+    Say,
+    gate,
+)
+
+DESK, PEER, LIAR, BORN = "acme/desk/main", "acme/desk/peer", "acme/liar/main", "acme/born/main"
+RULES = {
+    "templates": {"ask": {"amount": "integer"}, "yes": {"amount": "integer"}},
+    "rules": [
+        {"name": "agree", "when": {"ask": {"amount": "?a"}}, "then": {"yes": {"amount": "?a"}}}
+    ],
+}
+SYSTEM = '[rules.desk]\npath = "desk.json"\ndriver = "memory"\n'
+SYSTEM += '[rules.theirs]\npath = "desk.json"\ndriver = "memory"\ntenant = "globex"\n'
+
+
+class GuardedJournal(JournalServer):
+    """The journal, with a gate before commits and an error to answer one with."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.refuse: Exception | None = None
+        self.commits = 0
+
+    async def commit(self, writes: Sequence[StoreWrite]) -> Any:
+        self.commits += 1
+        await self.gate.wait()
+        if self.refuse is not None:
+            error, self.refuse = self.refuse, None
+            return error
+        return await super().commit(writes)
+
+
+class OneHost:
+    """The kernel's part: everybody is on the one host."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+
+    @answers
+    async def locate(self, agent: str, after_epoch: int, timeout_s: float) -> Location:
+        return Location("host:0", self._machine.epoch, self._machine.host_handle)
+
+
+class Machine:
+    """All servers, and the newest directory in each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.logs = (str(folder / "logs"), "INFO")
+        self.epoch = 1
+        self.version = 0
+        system = SystemConfig.parse(SYSTEM, "system.toml", folder)
+        self.journal = GuardedJournal("journal", "sqlite", str(folder / "store.db"), *self.logs)
+        self.device = DeviceServer("device:cpu:0", "memory", 0, 1 << 30, 1, *self.logs)
+        self.knowledge = KnowledgeServer("knowledge", system, str(folder / "cache"), *self.logs)
+        self.kernel_handle = LocalHandle(OneHost(self))
+        self.journal_handle = LocalHandle(self.journal)
+        self.device_handle = LocalHandle(self.device)
+        self.knowledge_handle = LocalHandle(self.knowledge)
+
+    async def start(self) -> None:
+        await self.journal.ready()
+        await self.knowledge.ready()
+        await self.device.load("echo", "causal", EngineOptions("chat", Path()))
+        await self.device.load("hash", "encoder", EngineOptions("embed", Path()))
+        self.new_host()
+        await self.publish()
+        for agent, program in ((DESK, "Desk"), (PEER, "Desk"), (LIAR, "Liar"), (BORN, "Stillborn")):
+            await self.register(agent, f"tests.kernel.programs:{program}")
+
+    def new_host(self) -> None:
+        self.host = HostServer("host:0", self.epoch, self.kernel_handle, None, *self.logs)
+        self.host_handle = LocalHandle(self.host)
+
+    async def publish(self, **without: None) -> None:
+        self.version += 1
+        services: dict[str, Any] = {
+            "journal": self.journal_handle,
+            "knowledge": self.knowledge_handle,
+            "devices": {"device:cpu:0": self.device_handle},
+        }
+        slots = {
+            "chat": SlotRoute("causal", "cpu:0", "d-chat", incarnation=1),
+            "embed": SlotRoute("encoder", "cpu:0", "d-embed", incarnation=1),
+        }
+        await self.host_handle.directory.remote(
+            Directory(self.version, slots=slots, **{**services, **without})
+        )
+
+    async def register(self, agent: str, program: str) -> None:
+        config = {"peer": PEER} if agent == DESK else {}
+        row = AgentRow(agent, program, bytes(msgpack.packb(config)), self.epoch, 1.0)
+        assert await self.journal.commit([AgentWrite(row)]) is None
+
+    async def stop(self) -> None:
+        await self.host.close(0.1)
+        for task in [*self.host._background, self.journal._writer]:
+            if task is not None:
+                task.cancel()
+        await self.knowledge.close()
+        await self.device.close()
+        await self.journal.close()
+        self.journal._thread.shutdown()
+
+    # -- what tests do
+
+    def envelope(self, agent: str, message: Message, **more: Any) -> Envelope:
+        return Envelope(agent, "client:1", Wire.of(message), **more)
+
+    async def deliver(self, agent: str, message: Message, **more: Any) -> Reply:
+        reply = await self.host_handle.deliver.remote(self.envelope(agent, message, **more))
+        assert isinstance(reply, Reply)
+        return reply
+
+    async def ask(self, agent: str, message: Message, **more: Any) -> Any:
+        return (await self.deliver(agent, message, **more)).message()
+
+    def asking(self, agent: str, message: Message, **more: Any) -> asyncio.Task[Any]:
+        return asyncio.create_task(self.ask(agent, message, **more))
+
+    async def turns(self, agent: str) -> list[TurnRow]:
+        rows = await self.journal.turns(agent, 100)
+        assert isinstance(rows, list)
+        return rows
+
+    async def stored(self, agent: str) -> Any:
+        found = await self.journal.activate(agent)
+        assert isinstance(found, tuple)
+        return record.unpack(found[1]) if found[1] else None
+
+
+@pytest.fixture
+async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
+    (tmp_path / "desk.json").write_text(json.dumps(RULES))
+    GATES.clear()
+    STARTED.clear()
+    made = Machine(tmp_path)
+    await made.start()
+    yield made
+    for event in GATES.values():
+        event.set()
+    made.journal.gate.set()
+    await made.stop()
+
+
+# ------------------------------------------------------------------ a turn
+
+
+async def test_a_turn_replies_and_is_recorded_with_its_syscalls(machine: Machine) -> None:
+    reply = await machine.deliver(DESK, Say(text="hello there"))
+    assert reply.message() == Said(text="hello there")
+    assert reply.labels == Labels(trusted=False)
+    assert [p.source for p in reply.provenance] == ["chat"]
+    found = await machine.journal.turn(reply.turn)
+    assert isinstance(found, tuple)
+    row, syscalls = found
+    assert (row.agent, row.kind, row.status, row.epoch) == (DESK, "Say", "done", 1)
+    assert record.unpack(row.reply) == {"text": "hello there"}
+    assert [(s.name, s.resource, s.status) for s in syscalls] == [("Generate", "chat", "ok")]
+
+
+async def test_state_is_kept_from_turn_to_turn_and_in_the_store(machine: Machine) -> None:
+    assert [(await machine.ask(DESK, Count())).total for _ in range(3)] == [1, 2, 3]
+    assert (await machine.stored(DESK))["total"] == 3
+    # Another host goes on where this one stopped.
+    machine.new_host()
+    await machine.publish()
+    assert await machine.ask(DESK, Count()) == Counted(total=4)
+
+
+async def test_many_turns_of_many_agents_lose_nothing(machine: Machine) -> None:
+    for n in range(10):
+        await machine.register(f"acme/desk/{n}", "tests.kernel.programs:Desk")
+    agents = [f"acme/desk/{n}" for n in range(10) for _ in range(3)]
+    await asyncio.gather(*(machine.ask(agent, Count()) for agent in agents))
+    assert [(await machine.stored(f"acme/desk/{n}"))["total"] for n in range(10)] == [3] * 10
+
+
+async def test_the_same_message_is_handled_once(machine: Machine) -> None:
+    envelope = machine.envelope(DESK, Count())
+    both = await asyncio.gather(*(machine.host_handle.deliver.remote(envelope) for _ in range(2)))
+    again = await machine.host_handle.deliver.remote(envelope)
+    assert {r.turn for r in (*both, again)} == {again.turn}
+    await machine.host_handle.post.remote(envelope)
+    assert (await machine.ask(DESK, Peek())).total == 1
+    assert STARTED == ["count 1", "peek "]
+
+
+# ------------------------------------------------------------------ order
+
+
+async def test_turns_that_change_state_run_one_after_the_other(machine: Machine) -> None:
+    first = machine.asking(DESK, Gate(name="one"))
+    await until(lambda: STARTED)
+    second = machine.asking(DESK, Gate(name="two"))
+    other = await machine.ask(PEER, Count())
+    assert other == Counted(total=1)
+    assert STARTED == ["one", "count 1"]
+    gate("two").set()
+    gate("one").set()
+    assert (await first, await second) == (Counted(total=1000), Counted(total=2000))
+
+
+async def test_readers_run_beside_each_other_up_to_their_limit(machine: Machine) -> None:
+    readers = [machine.asking(DESK, Peek(gate="g")) for _ in range(3)]
+    await until(lambda: len(STARTED) == 2)
+    await asyncio.sleep(0.01)
+    assert len(STARTED) == 2
+    writer = machine.asking(DESK, Count())
+    gate("g").set()
+    assert await asyncio.gather(*readers) == [Counted(total=0)] * 3
+    assert await writer == Counted(total=1)
+    assert STARTED[-1] == "count 1"
+
+
+async def test_a_full_mailbox_answers_busy_and_takes_nothing(machine: Machine) -> None:
+    first = machine.asking(DESK, Gate(name="g"))
+    await until(lambda: STARTED)
+    waiting = [machine.asking(DESK, Count()) for _ in range(3)]
+    await asyncio.sleep(0.01)
+    with pytest.raises(Busy, match="mailbox of acme/desk/main"):
+        await machine.ask(DESK, Count())
+    gate("g").set()
+    await first
+    assert [c.total for c in await asyncio.gather(*waiting)] == [1001, 1002, 1003]
+
+
+async def test_of_posts_that_come_together_each_is_taken_or_told(machine: Machine) -> None:
+    first = machine.asking(DESK, Gate(name="g"))
+    await until(lambda: STARTED)
+    envelopes = [machine.envelope(DESK, Count(by=10**n)) for n in range(6)]
+    results = await asyncio.gather(*(machine.host_handle.post.remote(e) for e in envelopes))
+    taken = [n for n, result in enumerate(results) if result is None]
+    assert taken == [0, 1, 2]
+    assert all(isinstance(r, Busy) for r in results[3:])
+    gate("g").set()
+    await first
+    # One that was refused may come again under its own id.
+    assert await machine.host_handle.post.remote(envelopes[4]) is None
+    await until(lambda: "count 10000" in STARTED)
+    assert (await machine.ask(DESK, Peek())).total == 1000 + 111 + 10**4
+
+
+# ------------------------------------------------------------------ errors
+
+
+async def test_a_handlers_error_is_told_recorded_and_leaves_the_state(machine: Machine) -> None:
+    await machine.ask(DESK, Count(by=3))
+    reply = await machine.deliver(DESK, Do(what="raise"))
+    assert isinstance(reply.error, HandlerFailed)
+    assert reply.error.error == "ZeroDivisionError: one by zero"
+    assert reply.error.where.startswith("programs.py:")
+    assert reply.error.turn == reply.turn
+    row = (await machine.turns(DESK))[0]
+    assert (row.turn, row.status) == (reply.turn, "failed")
+    assert row.error.startswith("HandlerFailed: ")
+    assert await machine.ask(DESK, Peek()) == Counted(total=3)
+
+
+@pytest.mark.parametrize(
+    ("what", "error", "said"),
+    [
+        ("exit", HandlerFailed, "SystemExit"),
+        ("type", HandlerFailed, "returned str"),
+        ("denied", CapabilityDenied, "generate:forbidden"),
+        ("huge state", HandlerFailed, "Overflow"),
+        ("odd state", HandlerFailed, "UnicodeDecodeError"),
+        ("huge reply", Exception, "body"),
+    ],
+)
+async def test_whatever_a_handler_does_ends_in_a_typed_error(
+    machine: Machine, what: str, error: type[Exception], said: str
+) -> None:
+    reply = await machine.deliver(DESK, Do(what=what))
+    assert isinstance(reply.error, error)
+    assert said in str(reply.error)
+    assert (await machine.turns(DESK))[0].status == "failed"
+    assert await machine.ask(DESK, Count()) == Counted(total=1)
+
+
+async def test_a_program_that_cannot_be_made_is_told(machine: Machine) -> None:
+    reply = await machine.deliver(BORN, Count())
+    assert isinstance(reply.error, HandlerFailed)
+    assert "no desk left" in str(reply.error)
+    assert (await machine.turns(BORN))[0].status == "failed"
+
+
+async def test_a_reader_that_changes_the_state_is_refused(machine: Machine) -> None:
+    reply = await machine.deliver(LIAR, Say())
+    assert isinstance(reply.error, ReadOnlyTurn)
+    assert reply.error.handler == "say"
+    assert await machine.stored(LIAR) is None
+
+
+async def test_messages_that_nobody_can_handle_are_told(machine: Machine) -> None:
+    class Strange(Message):
+        x: int = 0
+
+    for agent, message, error in (
+        ("acme/nobody/main", Say(), UnknownAgent),
+        (DESK, Strange(), UnhandledMessage),
+    ):
+        reply = await machine.deliver(agent, message)
+        assert isinstance(reply.error, error)
+        posted = await machine.host_handle.post.remote(machine.envelope(agent, message))
+        assert isinstance(posted, error)
+    bad = [Envelope(DESK, "client:1", Wire.of_json("Count", {"by": "many"})) for _ in range(2)]
+    assert isinstance((await machine.host_handle.deliver.remote(bad[0])).error, InvalidMessage)
+    assert isinstance(await machine.host_handle.post.remote(bad[1]), InvalidMessage)
+    assert not await machine.turns(DESK)
+
+
+# ------------------------------------------------------------------ deadlines and cancelling
+
+
+async def test_a_turn_that_takes_too_long_is_ended_and_recorded(machine: Machine) -> None:
+    await machine.ask(DESK, Peek())  # Loading the agent takes its time, too.
+    reply = await machine.deliver(DESK, Gate(name="never"), deadline_s=0.1)
+    assert isinstance(reply.error, DeadlineExceeded)
+    assert reply.turn
+    assert (await machine.turns(DESK))[0].status == "failed"
+    assert await machine.ask(DESK, Count()) == Counted(total=1)
+
+
+async def test_a_message_that_waits_too_long_never_begins(machine: Machine) -> None:
+    first = machine.asking(DESK, Gate(name="g"))
+    await until(lambda: STARTED)
+    late = await machine.deliver(DESK, Count(by=5), deadline_s=0.02)
+    assert isinstance(late.error, DeadlineExceeded)
+    assert late.turn == ""
+    gate("g").set()
+    await first
+    assert STARTED == ["g"]
+    assert await machine.ask(DESK, Peek()) == Counted(total=1000)
+
+
+async def test_an_asker_who_leaves_cancels_the_turn(machine: Machine) -> None:
+    asking = machine.asking(DESK, Gate(name="g"))
+    await until(lambda: STARTED)
+    asking.cancel()
+    await until(lambda: not machine.host._queue.running)
+    row = (await machine.turns(DESK))[0]
+    assert row.error.startswith("Cancelled: ")
+    assert await machine.ask(DESK, Peek()) == Counted(total=0)
+
+
+async def test_a_turn_cancelled_while_it_is_committed_is_still_done(machine: Machine) -> None:
+    """The store has its state, so memory must have it as well, or the next turn undoes it."""
+    await machine.ask(DESK, Count())
+    machine.journal.gate.clear()
+    before = machine.journal.commits
+    asking = machine.asking(DESK, Count(by=10))
+    await until(lambda: machine.journal.commits > before)
+    asking.cancel()
+    await asyncio.sleep(0.01)
+    machine.journal.gate.set()
+    assert await machine.ask(DESK, Count(by=100)) == Counted(total=111)
+    assert (await machine.stored(DESK))["total"] == 111
+
+
+async def test_a_killed_agent_is_forgotten_with_its_turns(machine: Machine) -> None:
+    asking = machine.asking(DESK, Gate(name="g"))
+    await until(lambda: STARTED)
+    waiting = machine.asking(DESK, Count())
+    await asyncio.sleep(0.01)
+    await machine.host_handle.drop.remote(DESK, "a kill")
+    for task in (asking, waiting):
+        with pytest.raises(Cancelled, match="a kill"):
+            await task
+
+
+async def test_a_host_that_closes_takes_nothing_new(machine: Machine) -> None:
+    asking = machine.asking(DESK, Gate(name="g"))
+    await until(lambda: STARTED)
+    closing = asyncio.create_task(machine.host.close(0.02))
+    await asyncio.sleep(0)
+    with pytest.raises(Cancelled, match="shutdown"):
+        await machine.ask(PEER, Count())
+    with pytest.raises(Cancelled, match="shutdown"):
+        await asking
+    await closing
+
+
+# ------------------------------------------------------------------ commits
+
+
+@pytest.mark.parametrize("error", [StaleEpoch(DESK, 1, 2), StoreUnavailable("store", "disk full")])
+async def test_what_was_not_committed_nobody_sees(machine: Machine, error: Exception) -> None:
+    await machine.ask(DESK, Count())
+    machine.journal.refuse = error
+    reply = await machine.deliver(DESK, Do(what="tell"))
+    assert type(reply.error) is type(error)
+    assert reply.wire is None
+    await asyncio.sleep(0.01)
+    assert STARTED == ["count 1"]
+    # The state is read again from the store.
+    before = machine.journal_handle.calls.count("activate")
+    assert await machine.ask(DESK, Count()) == Counted(total=2)
+    assert machine.journal_handle.calls.count("activate") == before + 1
+
+
+async def test_a_journal_that_is_restarted_is_waited_for(machine: Machine) -> None:
+    await machine.ask(DESK, Count())
+    machine.journal_handle.kill()
+    asking = machine.asking(DESK, Count())
+    await until(lambda: "commit" in machine.journal_handle.calls[-1:])
+    await machine.publish(journal=None)
+    await asyncio.sleep(0.01)
+    assert not asking.done()
+    machine.journal_handle = LocalHandle(machine.journal)
+    await machine.publish()
+    assert await asking == Counted(total=2)
+
+
+# ------------------------------------------------------------------ other agents
+
+
+async def test_a_message_leaves_when_its_turn_has_committed(machine: Machine) -> None:
+    assert (await machine.ask(DESK, Count())).total == 1
+    machine.journal.gate.clear()
+    telling = machine.asking(DESK, Do(what="tell"))
+    await asyncio.sleep(0.02)
+    assert STARTED == ["count 1"]
+    machine.journal.gate.set()
+    assert await telling is None
+    await until(lambda: "count 5" in STARTED)
+    assert await machine.ask(PEER, Count()) == Counted(total=6)
+
+
+async def test_a_message_of_a_turn_that_failed_never_leaves(machine: Machine) -> None:
+    with pytest.raises(HandlerFailed):
+        await machine.ask(DESK, Do(what="tell and fail"))
+    await asyncio.sleep(0.01)
+    assert await machine.ask(PEER, Count()) == Counted(total=1)
+
+
+async def test_agents_ask_each_other_and_read_each_others_state(machine: Machine) -> None:
+    assert await machine.ask(DESK, Do(what="relay")) == Said(text="via desk")
+    asked, told = (await machine.turns(DESK))[0], (await machine.turns(PEER))[0]
+    assert told.cause == asked.turn
+    await machine.ask(PEER, Count(by=4))
+    assert await machine.ask(DESK, Do(what="read")) == Counted(total=4)
+
+
+# ------------------------------------------------------------------ devices and knowledge
+
+
+async def test_a_stream_that_is_left_is_in_the_record_of_its_turn(machine: Machine) -> None:
+    reply = await machine.deliver(DESK, Do(what="leave stream"))
+    assert reply.message() == Said(text="one")
+    assert reply.labels == Labels(trusted=False)
+    found = await machine.journal.turn(reply.turn)
+    assert isinstance(found, tuple)
+    assert [(s.name, s.status) for s in found[1]] == [("Generate", "cancelled")]
+    engine = machine.device._causal["chat"]
+    await until(lambda: engine.statistics().running == 0)
+
+
+async def test_a_turn_waits_for_a_device_that_is_restarted(machine: Machine) -> None:
+    machine.device_handle.kill()
+    await machine.publish(devices={})  # type: ignore[arg-type]
+    asking = machine.asking(DESK, Say(text="still here"))
+    await asyncio.sleep(0.01)
+    assert not asking.done()
+    machine.device_handle = LocalHandle(machine.device)
+    await machine.publish()
+    assert await asking == Said(text="still here")
+
+
+async def test_rules_are_read_once_per_host(machine: Machine) -> None:
+    for _ in range(2):
+        assert await machine.ask(DESK, Do(what="rules")) == Said(text="agree")
+    assert machine.knowledge_handle.calls.count("rules_source") == 1
+
+
+async def test_a_program_is_inspected_before_it_is_launched(machine: Machine) -> None:
+    inspect = machine.host_handle.inspect.remote
+    manifest = await inspect("tests.kernel.programs:Desk", "acme", {"peer": PEER})
+    assert isinstance(manifest, Manifest)
+    assert f"ask:{PEER}" in manifest.capabilities
+    assert isinstance(await inspect("tests.kernel.programs:Dusk", "acme", {}), ProgramError)
+    wrong = await inspect("tests.kernel.programs:Desk", "acme", {"pier": PEER})
+    assert isinstance(wrong, ProgramError)
+    assert "config.pier" in str(wrong)
+
+
+async def test_another_tenants_rules_are_not_there(machine: Machine) -> None:
+    refused = await machine.knowledge_handle.rules_source.remote("acme", "theirs")
+    assert isinstance(refused, UnknownResource)
+    assert refused.known == ("desk",)
+    assert (await machine.knowledge_handle.rules_source.remote("globex", "theirs"))[0] == "memory"
+
+
+async def test_a_host_tells_how_it_stands(machine: Machine) -> None:
+    await machine.ask(DESK, Count())
+    told = await machine.host_handle.statistics.remote()
+    assert (told["active"], told["running"], told["waiting"]) == (1, 0, 0)
+    assert await machine.host_handle.ping.remote()
+    assert (await machine.host_handle.metrics.remote()).process == "host:0"
