@@ -68,7 +68,8 @@ GENERIC = frozenset(
     "best good bad lot curable cure cur help work time day week month year today now still already "
     "question information inform possible possibl mean happen use using look find found feel take "
     "took see said say show think thought try person adult normal actually really ok hi hello thank "
-    "much many often new old pleas outlook prognosis manag medicin medical doctor could".split()
+    "much many often new old pleas outlook prognosis manag medicin medical doctor could "
+    "prevent prevention avoid protect risk spread catch sign danger dangerous serious".split()
 )
 """Stems and words by which a question asks, rather than what it asks about."""
 

@@ -15,8 +15,8 @@ import ray
 
 from llmos.drivers.protocols import SyscallRow, TurnRow
 from llmos.kernel.cluster import Cluster, RunFile
-from llmos.kernel.remote import Handle, call
-from llmos.kernel.router import Router
+from llmos.kernel.remote import Handle, ProcessGone, call
+from llmos.kernel.router import RETRY_S, Router
 from llmos.kernel.settings import Settings
 from llmos.kernel.system import AgentTable, SystemConfig
 from llmos.syscalls.labels import Labels, Sensitivity
@@ -163,6 +163,22 @@ class AsyncKernel:
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
+    async def _call(self, method: str, *args: Any, timeout_s: float) -> Any:
+        """Call the kernel actor; while a detached one is being restarted, try again.
+
+        Only for what may be asked twice.
+        """
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout_s
+        while True:
+            left = max(until - loop.time(), 0.001)
+            try:
+                return await call(getattr(self._handle, method).remote(*args), "the kernel", left)
+            except ProcessGone as gone:
+                if gone.final or loop.time() > until:
+                    raise
+                await asyncio.sleep(RETRY_S)
+
     # -- agents
 
     async def launch(
@@ -198,9 +214,7 @@ class AsyncKernel:
         return await self._launch(table, timeout_s)
 
     async def _launch(self, table: AgentTable, timeout_s: float) -> str:
-        info = await call(
-            self._handle.launch.remote(table, timeout_s), "the launch", timeout_s + 10.0
-        )
+        info = await self._call("launch", table, timeout_s, timeout_s=timeout_s + 10.0)
         return str(info["agent"])
 
     @overload
@@ -251,7 +265,7 @@ class AsyncKernel:
 
     async def _envelope(self, agent: str, wire: Wire, deadline_s: float) -> Envelope:
         if agent.count("/") != 2:
-            agent = await call(self._handle.resolve.remote(agent), "the kernel", deadline_s)
+            agent = await self._call("resolve", agent, timeout_s=deadline_s)
         return Envelope(
             receiver=agent,
             sender=self._name,
@@ -277,29 +291,27 @@ class AsyncKernel:
 
     async def ps(self) -> list[dict[str, Any]]:
         """All agents: id, program, state, host, models, capabilities."""
-        found: list[dict[str, Any]] = await call(self._handle.ps.remote(), "the kernel", BOOT_S)
+        found: list[dict[str, Any]] = await self._call("ps", timeout_s=BOOT_S)
         return found
 
     async def status(self) -> dict[str, Any]:
         """Processes, devices with memory by owner, slots, corpora and graphs."""
-        found: dict[str, Any] = await call(self._handle.status.remote(), "the kernel", BOOT_S)
+        found: dict[str, Any] = await self._call("status", timeout_s=BOOT_S)
         return found
 
     async def metrics(self) -> str:
         """Prometheus text of all processes."""
-        return str(await call(self._handle.metrics.remote(), "the kernel", 30.0))
+        return str(await self._call("metrics", timeout_s=30.0))
 
     async def turns(self, agent: str | None = None, limit: int = 50) -> list[TurnRow]:
         """Newest turns first."""
-        found: list[TurnRow] = await call(
-            self._handle.turns.remote(agent, limit), "the kernel", 60.0
-        )
+        found: list[TurnRow] = await self._call("turns", agent, limit, timeout_s=60.0)
         return found
 
     async def turn(self, turn: str) -> tuple[TurnRow, list[SyscallRow]] | None:
         """A turn and its syscalls; a unique prefix of the id will do."""
-        found: tuple[TurnRow, list[SyscallRow]] | None = await call(
-            self._handle.turn.remote(turn), "the kernel", 60.0
+        found: tuple[TurnRow, list[SyscallRow]] | None = await self._call(
+            "turn", turn, timeout_s=60.0
         )
         return found
 

@@ -15,7 +15,13 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError, TaskCancelledError
+from ray.exceptions import (
+    ActorUnavailableError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    TaskCancelledError,
+)
 
 from llmos.drivers.errors import LlmosError
 from llmos.syscalls.errors import Cancelled, DeadlineExceeded, ServiceUnavailable
@@ -32,6 +38,11 @@ log = logging.getLogger("llmos.remote")
 
 class ProcessGone(ServiceUnavailable):
     """The process that was asked is dead or cut off; it may or may not have acted."""
+
+    def __init__(self, service: str, reason: str, *, final: bool) -> None:
+        super().__init__(service, reason)
+        self.final = final
+        """Whether it will not come back under the same handle."""
 
 
 class InternalError(LlmosError):
@@ -77,16 +88,21 @@ async def call(ref: Awaitable[Any], what: str, timeout_s: float | None = None) -
         cancel(ref)
         raise
     except RayActorError as error:
-        raise ProcessGone(what, str(error).splitlines()[0]) from None
+        final = not isinstance(error, ActorUnavailableError)
+        raise ProcessGone(what, _first_line(error), final=final) from None
     except TaskCancelledError:
         raise Cancelled(what, "its process") from None
     except RayTaskError as error:
         raise InternalError(what, str(error).strip().splitlines()[-1]) from error
     except RayError as error:
-        raise ProcessGone(what, str(error).splitlines()[0]) from None
+        raise ProcessGone(what, _first_line(error), final=False) from None
     if isinstance(value, LlmosError):
         raise value
     return value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def cancel(ref: Any) -> None:

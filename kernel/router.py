@@ -8,10 +8,15 @@ from dataclasses import dataclass
 
 from llmos.drivers.errors import StaleEpoch
 from llmos.kernel.remote import Handle, ProcessGone, call
-from llmos.syscalls.errors import Busy, DeadlineExceeded
+from llmos.syscalls.errors import Busy, DeadlineExceeded, DeliveryFailed
 from llmos.syscalls.messages import Envelope, Reply
 
 log = logging.getLogger("llmos.router")
+
+MAX_LOSSES = 2
+"""Hosts that may be lost with a message in them before it is given up."""
+RETRY_S = 0.2
+"""Pause before a kernel that is being restarted is asked again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,24 +44,36 @@ class Router:
         known = self._known.get(agent)
         if known is not None and known.epoch > after_epoch:
             return known
-        found: Location = await call(
-            self._kernel.locate.remote(agent, after_epoch, timeout_s),
-            f"the kernel (for {agent})",
-            timeout_s + 5.0,
-        )
-        self._known[agent] = found
-        return found
+        loop = asyncio.get_running_loop()
+        until = loop.time() + timeout_s
+        while True:
+            left = max(until - loop.time(), 0.001)
+            try:
+                found: Location = await call(
+                    self._kernel.locate.remote(agent, after_epoch, left),
+                    f"the kernel (for {agent})",
+                    left + 5.0,
+                )
+            except ProcessGone as gone:
+                # A detached kernel comes back and knows from the store who is launched.
+                if gone.final or loop.time() > until:
+                    raise
+                await asyncio.sleep(RETRY_S)
+            else:
+                self._known[agent] = found
+                return found
 
     async def ask(self, envelope: Envelope) -> Reply:
         """Deliver, and wait for the end of the turn.
 
         Raises:
             DeadlineExceeded: no reply in time, whatever happened meanwhile.
+            DeliveryFailed: two hosts were lost with the message in them.
             UnknownAgent, HostUnavailable.
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + envelope.deadline_s
-        epoch = 0
+        epoch = losses = 0
         while True:
             left = until - loop.time()
             if left <= 0:
@@ -68,9 +85,9 @@ class Router:
                 # The host keeps the deadline itself; the margin is for a host that hangs.
                 reply: Reply = await call(ref, f"the answer of {envelope.receiver}", left + 2.0)
             except ProcessGone as error:
-                log.warning("%s: %s; looking for it again", envelope.receiver, error)
+                losses += 1
+                self._lost(envelope, location, losses, error)
                 epoch = location.epoch
-                self._known.pop(envelope.receiver, None)
                 continue
             if isinstance(reply.error, StaleEpoch):
                 epoch = location.epoch
@@ -82,7 +99,7 @@ class Router:
         """Deliver into the mailbox; return when it is there. Tries again until the deadline."""
         loop = asyncio.get_running_loop()
         until = loop.time() + envelope.deadline_s
-        epoch = 0
+        epoch = losses = 0
         while True:
             left = until - loop.time()
             if left <= 0:
@@ -90,10 +107,24 @@ class Router:
             location = await self.locate(envelope.receiver, epoch, left)
             try:
                 await call(location.handle.post.remote(envelope), envelope.receiver, left)
-            except ProcessGone:
+            except ProcessGone as error:
+                losses += 1
+                self._lost(envelope, location, losses, error)
                 epoch = location.epoch
-                self._known.pop(envelope.receiver, None)
             except Busy as busy:
                 await asyncio.sleep(min(busy.retry_after_s, max(until - loop.time(), 0.0)))
             else:
                 return
+
+    def _lost(
+        self, envelope: Envelope, location: Location, losses: int, error: ProcessGone
+    ) -> None:
+        """A host was lost with the message in it: look for its successor, or give up.
+
+        Raises:
+            DeliveryFailed: it was one host too many.
+        """
+        self._known.pop(envelope.receiver, None)
+        if losses >= MAX_LOSSES:
+            raise DeliveryFailed(envelope.receiver, envelope.id, losses, error.reason) from None
+        log.warning("%s was lost (%s); its successor is asked", location.host, error.reason)

@@ -19,6 +19,7 @@ rules, graph and vector errors reach agents as they are::
         │   ├── InvalidMessage     the body does not fit the message class
         │   ├── MessageTooLarge
         │   ├── CallCycle          an agent would wait for itself
+        │   ├── DeliveryFailed     every host that had the message was lost
         │   └── HandlerFailed      the handler raised
         ├── ReadOnlyTurn           a read-only handler changed state or sent a message
         └── ServiceUnavailable     what serves this syscall is gone; it is being restarted
@@ -161,6 +162,20 @@ class CallCycle(MessageError):
             f"Asking {agent} would never end: it waits for this answer "
             f"({' → '.join((*self.chain, agent))})",
             remedy="Use tell, or answer from what you have",
+        )
+
+
+class DeliveryFailed(MessageError):
+    """Each host that was given the message was lost with it; it is not tried again.
+
+    A message that brings its host down would otherwise bring down one after the other.
+    """
+
+    def __init__(self, agent: str, message_id: str, losses: int, reason: str) -> None:
+        self.agent, self.message_id, self.losses, self.reason = agent, message_id, losses, reason
+        super().__init__(
+            f"The message {message_id} to {agent} was in {losses} hosts that were lost: {reason}",
+            remedy="See: llmos logs --agent " + agent,
         )
 
 

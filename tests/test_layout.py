@@ -167,6 +167,7 @@ def value(parameter: inspect.Parameter) -> Any:
         "str": f"some {parameter.name}",
         "int": 7,
         "float": 1.5,
+        "bool": True,
         "object": {"any": "thing"},
         "Iterable[str]": ["b", "a"],
         "Sequence[str]": ["b", "a"],

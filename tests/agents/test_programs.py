@@ -165,14 +165,16 @@ async def test_doses_are_referred(local: Local) -> None:
     assert answer.decision == "refer"
 
 
-async def test_the_graph_is_cited(local: Local) -> None:
-    config = {"corpus": "conditions", "graph": "conditions", "rules": "redflags", "model": ""}
-    quoting = local.launch("llmos.agents.medical:Medical", "clinic", "quoting", config)
-    answer = await ask(local, quoting, "What are the symptoms of migraine?")
-    graph = [s for s in answer.sources if s.provenance.kind == "graph"]
-    assert graph
-    assert "throbbing headache" in answer.text
+async def test_the_graph_is_asked_about_what_is_named(local: Local) -> None:
+    answer = await ask(local, MEDICAL, "What are the symptoms of migraine?")
+    assert answer.data["named"] == ["migraine"]
+    assert "FindNeighbours conditions" in local.turns[-1].names()
     assert answer.notice
+
+
+async def test_what_is_denied_is_not_looked_up(local: Local) -> None:
+    answer = await ask(local, MEDICAL, "I have no chest pain, only a cough")
+    assert answer.data["named"] == ["cough"]
 
 
 async def test_unknown_illness_is_refused(local: Local) -> None:
@@ -203,3 +205,4 @@ async def test_every_path_with_real_models(system: Any) -> None:
     assert "cannot be cancelled" in answers[0].text
     assert "5 working days" in answers[1].text
     assert all(a.sources for a in answers[:5])
+    assert {"graph", "document"} <= {s.provenance.kind for s in answers[6].sources}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os as system
 import threading
 from typing import ClassVar
@@ -9,6 +10,7 @@ from typing import ClassVar
 from pydantic import BaseModel
 
 from llmos import Agent, Context, Limits, Manifest, Message, on
+from llmos.kernel.manifest import ModelNeed
 from llmos.syscalls.errors import CapabilityDenied
 from llmos.syscalls.rules import Fact
 
@@ -153,9 +155,16 @@ class Stubborn(Agent):
 
     @on(Wait)
     async def wait(self, message: Wait, os: Context) -> None:
+        await asyncio.sleep(0.3)
         threading.Event().wait(message.seconds)
 
     @on(Count)
     async def count(self, message: Count, os: Context) -> Counted:
         self.state.total += message.by
         return Counted(total=self.state.total)
+
+
+class Greedy(Worker):
+    """Asks for more memory than any device has."""
+
+    manifest = Manifest(models=(ModelNeed(name="chat", memory="64GiB"),))

@@ -13,7 +13,7 @@ import pytest
 
 from llmos.drivers.errors import DocumentError, RuleSyntaxError, UnknownModel
 from llmos.kernel.client import Kernel
-from llmos.kernel.core.errors import AlreadyLaunched
+from llmos.kernel.core.errors import AlreadyLaunched, DoesNotFit
 from llmos.kernel.program import ProgramError
 from llmos.syscalls.errors import (
     Busy,
@@ -181,6 +181,8 @@ def test_what_cannot_be_launched_says_why_and_harms_nobody(kernel: Kernel, worke
         kernel.launch(p.Scholar, "x", config={"corpus": "gone"})
     with pytest.raises(UnknownResource):
         kernel.launch(p.Scholar, "x", tenant="rival", config={"corpus": "help"})
+    with pytest.raises(DoesNotFit, match=r"64\.00 GiB.*cpu:0, has 2\.00 GiB"):
+        kernel.launch(p.Greedy)
     with pytest.raises(AlreadyLaunched):
         kernel.launch(p.Worker, "w", tenant="acme", config={"peer": "another"})
     assert "still" in kernel.ask(worker, p.Say(text="still"), p.Said).text
