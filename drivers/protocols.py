@@ -522,7 +522,7 @@ class AgentRow:
     program: str
     """``module:Class``."""
     config: bytes
-    """JSON of the program's configuration."""
+    """msgpack of the program's configuration."""
     epoch: int
     """Owner's epoch; commits of older epochs are refused."""
     created_at: float

@@ -45,6 +45,8 @@ class _Client:
 
     jobs: dict[str, str] = field(default_factory=dict)
     """Job id → slot."""
+    cancelled: set[str] = field(default_factory=set)
+    """Cancelled while they were still being handed to the engine."""
     outbox: deque[GenerationChunk] = field(default_factory=deque)
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -148,14 +150,15 @@ class DeviceServer:
         self._causal: dict[str, CausalEngine] = {}
         self._encoders: dict[str, _Encoder] = {}
         self._clients: dict[str, _Client] = {}
+        self._ended = asyncio.Event()
 
     async def ready(self) -> DeviceInfo:
         """What this device is."""
         return self._device.info
 
     async def lifeline(self) -> None:
-        """Never returns: the kernel sees by its failing that this process is gone."""
-        await asyncio.Event().wait()
+        """Returns when the process is closed; fails when it is lost, which is how that is seen."""
+        await self._ended.wait()
 
     async def ping(self) -> bool:
         """Answer."""
@@ -225,8 +228,12 @@ class DeviceServer:
                 await loop.run_in_executor(None, engine.submit, job, deliver)
             except LlmosError as error:
                 state.jobs.pop(job.id, None)
+                state.cancelled.discard(job.id)
                 results.append(error.with_traceback(None))
             else:
+                if job.id in state.cancelled:
+                    state.cancelled.discard(job.id)
+                    engine.cancel(job.id)
                 results.append(None)
         return results
 
@@ -235,6 +242,7 @@ class DeviceServer:
             TOKENS.labels(model=slot, phase="decode").inc(chunk.tokens)
         if chunk.finish is not None:
             client.jobs.pop(chunk.job_id, None)
+            client.cancelled.discard(chunk.job_id)
             TOKENS.labels(model=slot, phase="prefill").inc(chunk.prompt_tokens)
             REQUESTS.labels(model=slot, outcome=chunk.finish).inc()
         client.outbox.append(chunk)
@@ -257,11 +265,13 @@ class DeviceServer:
     async def cancel(self, client: str, jobs: Sequence[str]) -> None:
         """Stop jobs; their last chunks say so."""
         state = self._clients.get(client)
-        for job in jobs if state else ():
-            slot = state.jobs.get(job) if state else None
+        if state is None:
+            return
+        for job in jobs:
+            slot = state.jobs.get(job)
             engine = self._causal.get(slot) if slot else None
-            if engine is not None:
-                engine.cancel(job)
+            if engine is not None and not engine.cancel(job):
+                state.cancelled.add(job)
 
     async def forget(self, client: str) -> None:
         """A client is gone: stop all it had here."""
@@ -299,6 +309,7 @@ class DeviceServer:
         """Unload everything."""
         for slot in [*self._causal, *self._encoders]:
             await self.unload(slot)
+        self._ended.set()
 
 
 def _on(options: EngineOptions, torch_device: str) -> EngineOptions:

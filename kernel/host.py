@@ -94,14 +94,15 @@ class HostServer:
         self._turns: OrderedDict[str, asyncio.Task[Reply]] = OrderedDict()
         self._background: set[asyncio.Task[None]] = set()
         self._closing = False
+        self._ended = asyncio.Event()
 
     async def ready(self) -> int:
         """This process's id."""
         return os.getpid()
 
     async def lifeline(self) -> None:
-        """Never returns: the kernel sees by its failing that this process is gone."""
-        await asyncio.Event().wait()
+        """Returns when the process is closed; fails when it is lost, which is how that is seen."""
+        await self._ended.wait()
 
     async def ping(self) -> bool:
         """Answer: the event loop is free."""
@@ -459,6 +460,7 @@ class HostServer:
                 await asyncio.wait(late, timeout=2.0)
         if self._background:
             await asyncio.wait(self._background, timeout=grace_s)
+        self._ended.set()
 
 
 def _handler(active: _Active, envelope: Envelope) -> HandlerSpec:

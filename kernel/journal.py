@@ -40,6 +40,7 @@ class JournalServer:
         self._waiting: list[tuple[Sequence[StoreWrite], asyncio.Future[None]]] = []
         self._count = 0
         self._wake = asyncio.Event()
+        self._ended = asyncio.Event()
         # One thread: the store's only writer. Reads share it, so they see what was committed.
         self._thread = ThreadPoolExecutor(1, "store")
         self._writer: asyncio.Task[None] | None = None
@@ -65,8 +66,12 @@ class JournalServer:
         return True
 
     async def lifeline(self) -> None:
-        """Never returns: the kernel sees by its failing that this process is gone."""
-        await asyncio.Event().wait()
+        """Returns when the process is closed; fails when it is lost, which is how that is seen."""
+        await self._ended.wait()
+
+    async def ping(self) -> bool:
+        """Answer."""
+        return True
 
     @answers
     async def commit(self, writes: Sequence[StoreWrite]) -> None:
@@ -173,3 +178,4 @@ class JournalServer:
         if waiting:
             await asyncio.wait(waiting)
         await self._read(self._store.close)
+        self._ended.set()

@@ -69,6 +69,7 @@ class KnowledgeServer:
         self._corpora = {n: _Corpus(t) for n, t in system.corpora.items()}
         self._graphs = {n: _Graph(t) for n, t in system.graphs.items()}
         self._tasks: list[asyncio.Task[None]] = []
+        self._ended = asyncio.Event()
 
     async def ready(self) -> bool:
         """Start building."""
@@ -77,8 +78,8 @@ class KnowledgeServer:
         return True
 
     async def lifeline(self) -> None:
-        """Never returns: the kernel sees by its failing that this process is gone."""
-        await asyncio.Event().wait()
+        """Returns when the process is closed; fails when it is lost, which is how that is seen."""
+        await self._ended.wait()
 
     async def ping(self) -> bool:
         """Answer."""
@@ -322,3 +323,4 @@ class KnowledgeServer:
         """Stop building."""
         for task in self._tasks:
             task.cancel()
+        self._ended.set()

@@ -207,7 +207,12 @@ class KernelServer:
                 )
 
     async def _recover(self) -> None:
-        """Launch again what the store says was launched."""
+        """Launch again what the store says was launched.
+
+        Where the system file says something else about an agent, the file counts: the agent
+        keeps its state and gets the new program or configuration.
+        """
+        declared = {agent_id(table): table for table in self._system.agents}
         rows: list[AgentRow] = await self._journal("agents")
         for row in rows:
             tenant, _, key = row.agent.split("/", 2)
@@ -215,7 +220,7 @@ class KernelServer:
                 program=row.program, tenant=tenant, key=key, config=msgpack.unpackb(row.config)
             )
             try:
-                await self._launch(table, 60.0)
+                await self._launch(declared.get(row.agent, table), 60.0)
             except LlmosError as error:
                 log.error("agent %s does not come back: %s", row.agent, error)
 
@@ -585,8 +590,6 @@ class KernelServer:
         while not self._closing:
             await self._clock.sleep(PING_S)
             for name, handle in list(self._handles.items()):
-                if self._kinds[name] is ProcessKind.JOURNAL:
-                    continue
                 if name not in pending or pending[name].done():
                     pending[name] = self._spawn(ping(name, handle))
 

@@ -13,7 +13,7 @@ from llmos.kernel.client import Kernel
 from llmos.kernel.system import SystemConfig
 
 
-def serve(system: SystemConfig) -> int:
+def serve(system: SystemConfig, address: str | None = None) -> int:
     """Boot, wait for SIGTERM or SIGINT, shut down. Returns the exit code."""
     stop = threading.Event()
 
@@ -23,7 +23,7 @@ def serve(system: SystemConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     try:
-        kernel = Kernel.boot(system, detached=True)
+        kernel = Kernel.boot(system, address=address, detached=True)
     except LlmosError as error:
         sys.stderr.write(f"error: {error} [{error.code}]\n")
         return 1

@@ -227,10 +227,10 @@ def run(
             if not found:
                 raise typer.BadParameter(f"{pair!r} is not AGENT=TEXT", param_hint="--ask")
             asked.append(Asked(agent=agent, text=text))
-        if not asked and not (address or Settings().ray_address):
+        if not asked:
             from llmos.shell import daemon
 
-            raise typer.Exit(daemon.serve(system))
+            raise typer.Exit(daemon.serve(system, address))
         from llmos.kernel.client import Kernel
 
         console = render.console()

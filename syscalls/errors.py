@@ -21,7 +21,7 @@ rules, graph and vector errors reach agents as they are::
         │   ├── CallCycle          an agent would wait for itself
         │   ├── DeliveryFailed     every host that had the message was lost
         │   └── HandlerFailed      the handler raised
-        ├── ReadOnlyTurn           a read-only handler changed state or sent a message
+        ├── ReadOnlyTurn           a read-only handler changed the state
         └── ServiceUnavailable     what serves this syscall is gone; it is being restarted
 """
 

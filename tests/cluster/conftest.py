@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from llmos.kernel.client import Kernel
 from llmos.kernel.settings import Settings
 from llmos.kernel.system import SystemConfig
+
+
+def own_processes(title: str) -> list[psutil.Process]:
+    """Processes of the Ray that this test run has started, by what they call themselves."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return found
+
 
 SYSTEM = """
 [system]
@@ -93,14 +106,5 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 @pytest.fixture(scope="module")
 def kernel(folder: Path, settings: Settings) -> Iterator[Kernel]:
     system = SystemConfig.parse(SYSTEM, "system.toml", folder)
-    before = os.environ.get("PYTHONPATH")
-    # The workers must find the programs of the tests.
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)
-    try:
-        with Kernel.boot(system, settings=settings) as booted:
-            yield booted
-    finally:
-        if before is None:
-            del os.environ["PYTHONPATH"]
-        else:
-            os.environ["PYTHONPATH"] = before
+    with Kernel.boot(system, settings=settings) as booted:
+        yield booted

@@ -8,7 +8,6 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-import programs as p
 import pytest
 
 from llmos.drivers.errors import DocumentError, RuleSyntaxError, UnknownModel
@@ -30,6 +29,8 @@ from llmos.syscalls.errors import (
     UnknownResource,
 )
 from llmos.syscalls.messages import Wire
+from tests.cluster import programs as p
+from tests.cluster.conftest import own_processes
 
 pytestmark = pytest.mark.cluster
 
@@ -165,7 +166,7 @@ def test_what_cannot_be_launched_says_why_and_harms_nobody(kernel: Kernel, worke
     with pytest.raises(ProgramError, match="no module"):
         kernel.launch("nowhere:Nothing")
     with pytest.raises(ProgramError, match="does not derive"):
-        kernel.launch("programs:Counter")
+        kernel.launch("tests.cluster.programs:Counter")
     with pytest.raises(ProgramError, match=r"config\.modle"):
         kernel.launch(p.Worker, "x", config={"modle": "chat"})
     with pytest.raises(UnknownModel, match="llmos models pull"):
@@ -254,18 +255,12 @@ def test_a_host_that_hangs_is_killed_and_its_agents_serve_again(kernel: Kernel) 
 
 @pytest.mark.parametrize("process", ["journal", "knowledge", "device:cpu:0"])
 def test_killing_a_service_is_survived(kernel: Kernel, process: str) -> None:
-    import psutil
-
     agent = kernel.launch(p.Worker, "patient", tenant="acme")
     total = kernel.ask(agent, p.Count(by=1), p.Counted).total
     title = {"journal": "JournalServer", "knowledge": "KnowledgeServer"}.get(
         process, "DeviceServer"
     )
-    victims = [
-        q
-        for q in psutil.process_iter(["cmdline"])
-        if f"ray::{title}" in " ".join(q.info["cmdline"] or [])
-    ]
+    victims = own_processes(f"ray::{title}")
     assert victims
     for victim in victims:
         victim.kill()

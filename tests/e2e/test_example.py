@@ -108,8 +108,8 @@ def test_a_device_killed_at_work_answers_all_the_same(kernel: Kernel) -> None:
     with ThreadPoolExecutor(2) as pool:
         waiting = [pool.submit(ask, kernel, SERVICE, question) for _ in range(2)]
         time.sleep(0.8)
-        for process in psutil.process_iter(["cmdline"]):
-            if "ray::DeviceServer" in " ".join(process.info["cmdline"] or []):
+        for process in psutil.Process().children(recursive=True):
+            if "ray::DeviceServer" in " ".join(process.cmdline()):
                 process.kill()
         answers = [w.result(timeout=100) for w in waiting]
     assert all(a.text for a in answers)

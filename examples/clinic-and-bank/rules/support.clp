@@ -34,7 +34,7 @@
   =>
   (assert (decision (action escalate) (case fraud) (priority 100)
     (policy "card lost or stolen, block it at once; payments you did not make")
-    (reason "Please block your card in the app under Cards now, or call the card line, which is open day and night. I have passed your case to a person in our security team, who looks at it today"))))
+    (reason "Please block your card in the app under Cards now, or call the card line, which is open day and night. Your case is one for a person in our security team, who has to look at it today"))))
 
 (defrule payment-not-recognised
   "A payment that the customer did not make is treated like fraud."
@@ -63,7 +63,7 @@
   (not (decision (action escalate) (case complaint)))
   =>
   (assert (decision (action escalate) (case complaint) (priority 60)
-    (reason "I am sorry that we let you down. I have passed your complaint to a person, who answers by the end of the next working day"))))
+    (reason "I am sorry that we let you down. Your complaint is one for a person, who has to answer by the end of the next working day"))))
 
 ;;; ------------------------------------------------------------ refunds
 
@@ -82,7 +82,7 @@
   =>
   (assert (decision (action refund) (priority 50)
     (policy "charged twice for the same purchase: we refund duplicate charges at once")
-    (reason (format nil "We refund the second charge of %.2f. Duplicate charges of up to 100 euros are refunded at once" ?a)))))
+    (reason (format nil "The second charge of %.2f is one we refund: duplicate charges of up to 100 euros are refunded at once" ?a)))))
 
 (defrule duplicate-days-unknown
   "The date decides whether a small duplicate can be refunded, so we ask for it."
@@ -116,7 +116,7 @@
    then
     (assert (decision (action refund) (priority 45)
       (policy "we refund a fee that was charged by mistake; claimed back for 60 days")
-      (reason (format nil "We refund the fee of %.2f within 2 working days" ?a))))
+      (reason (format nil "The fee of %.2f is one we refund, within 2 working days" ?a))))
    else
     (assert (decision (action escalate) (case fee) (priority 45)
       (policy "we refund a fee that was charged by mistake; claimed back for 60 days")
