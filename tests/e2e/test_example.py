@@ -40,7 +40,9 @@ def test_customer_service_answers_from_its_pages(kernel: Kernel) -> None:
 
 
 def test_rules_decide_and_say_which(kernel: Kernel) -> None:
-    refund = ask(kernel, SERVICE, "The shop charged me twice for the same purchase.", amount=20.0)
+    refund = ask(
+        kernel, SERVICE, "The shop charged me twice for the same purchase.", amount=20.0, days=5
+    )
     assert refund.decision == "refund"
     assert "duplicate-small" in {r.rule for r in refund.rules}
     theft = ask(kernel, SERVICE, "My card was stolen and somebody is paying with it!")

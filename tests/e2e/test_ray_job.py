@@ -91,7 +91,7 @@ def test_a_job_boots_in_the_cluster_answers_and_ends(
             "run",
             "system.toml",
             "--ask",
-            "'bank/customer-service/main=My card was stolen, what now?'",
+            "bank/customer-service/main=My card was stolen, what now?",
         ],
         cwd=EXAMPLE,
         env=environment,
