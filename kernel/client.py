@@ -7,7 +7,7 @@ import concurrent.futures
 import os
 import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -19,13 +19,16 @@ from llmos.kernel.remote import Handle, ProcessGone, call
 from llmos.kernel.router import RETRY_S, Router
 from llmos.kernel.settings import Settings
 from llmos.kernel.system import AgentTable, SystemConfig
+from llmos.syscalls.errors import DeadlineExceeded
 from llmos.syscalls.labels import Labels, Sensitivity
 from llmos.syscalls.messages import Envelope, Message, MessageT, Reply, Wire
 
 T = TypeVar("T")
 
 BOOT_S = 300.0
-"""Longest wait for a kernel to boot: a large corpus may have to be embedded first."""
+"""Longest wait for the kernel's processes."""
+STALL_S = 120.0
+"""Embedding a large corpus may take long; without any progress it is given up after this."""
 LAUNCH_S = 120.0
 """Default wait of a launch: models may have to be loaded."""
 ASK_S = 120.0
@@ -67,8 +70,9 @@ class AsyncKernel:
         settings: Settings | None = None,
         detached: bool = False,
         launch: bool = True,
+        progress: Callable[[str], None] | None = None,
     ) -> AsyncKernel:
-        """Boot a kernel and launch the agents of its system file.
+        """Boot a kernel, launch the agents of its system file, wait until its corpora are ready.
 
         Args:
             system: A system file or what was read from one; None is an empty system.
@@ -77,6 +81,7 @@ class AsyncKernel:
             settings: This machine's settings; None reads the environment.
             detached: The kernel outlives this process (in a cluster it is joined to).
             launch: Whether to launch the file's agents.
+            progress: Is told in words what is being waited for.
 
         Raises:
             SystemFileError, ClusterError, DriverError, KernelError: nothing is left running.
@@ -88,8 +93,11 @@ class AsyncKernel:
             config = system
         else:
             config = SystemConfig.read(Path(system))
+        tell = progress or (lambda text: None)
+        tell("starting Ray")
         cluster = await asyncio.to_thread(Cluster.start, settings, address)
         try:
+            tell("starting the kernel's processes")
             handle = cluster.kernel(config, settings, detached=detached)
             kernel = cls(
                 cluster, handle, config.system.name, settings, owner=True, detached=detached
@@ -101,11 +109,34 @@ class AsyncKernel:
             ).write(settings)
             if launch:
                 for agent in config.agents:
+                    tell(f"launching {agent.program}")
                     await kernel._launch(agent, LAUNCH_S)
+            await kernel._wait_for_corpora(tell)
         except BaseException:
             await asyncio.to_thread(_stop, cluster, handle if "handle" in locals() else None)
             raise
         return kernel
+
+    async def _wait_for_corpora(self, tell: Callable[[str], None]) -> None:
+        """Until all are ready or cannot be; the latter hear of it who launch or ask."""
+        loop = asyncio.get_running_loop()
+        last, changed = "", loop.time()
+        while True:
+            corpora = (await self._call("knowledge", timeout_s=BOOT_S))["corpora"]
+            building = [
+                f"{name} {c['embedded']}/{c['passages']}"
+                for name, c in corpora.items()
+                if not c["ready"]
+            ]
+            if not building:
+                return
+            text = "embedding " + ", ".join(building)
+            if text != last:
+                last, changed = text, loop.time()
+                tell(text)
+            elif loop.time() - changed > STALL_S:
+                raise DeadlineExceeded(text, STALL_S)
+            await asyncio.sleep(0.25)
 
     @classmethod
     async def connect(
@@ -341,11 +372,17 @@ class Kernel:
         settings: Settings | None = None,
         detached: bool = False,
         launch: bool = True,
+        progress: Callable[[str], None] | None = None,
     ) -> Kernel:
         """See :meth:`AsyncKernel.boot`."""
         return cls._make(
             AsyncKernel.boot(
-                system, address=address, settings=settings, detached=detached, launch=launch
+                system,
+                address=address,
+                settings=settings,
+                detached=detached,
+                launch=launch,
+                progress=progress,
             )
         )
 

@@ -42,7 +42,12 @@ class _Corpus:
     skipped: list[Skipped] = field(default_factory=list)
     index: VectorIndex | None = None
     error: LlmosError | None = None
+    read: asyncio.Event = field(default_factory=asyncio.Event)
+    """The documents have been read, or cannot be."""
     done: asyncio.Event = field(default_factory=asyncio.Event)
+    """The index is complete, or will never be."""
+    embedded: int = 0
+    """Passages embedded so far."""
     seconds: float = 0.0
     cached: bool = False
 
@@ -99,13 +104,26 @@ class KnowledgeServer:
                 graph.error = error
                 log.error("graph %s: %s", name, error)
             graph.done.set()
+        # All are read before the first is embedded, which may take long: what cannot be
+        # read is then known at once.
         for name, corpus in self._corpora.items():
             try:
-                await self._build_corpus(name, corpus)
+                await self._read_corpus(name, corpus)
             except LlmosError as error:
-                corpus.error = error
-                log.error("corpus %s: %s", name, error)
+                self._give_up(name, corpus, error)
+            corpus.read.set()
+        for name, corpus in self._corpora.items():
+            if corpus.error is None and corpus.passages:
+                try:
+                    await self._build_corpus(name, corpus)
+                except LlmosError as error:
+                    self._give_up(name, corpus, error)
             corpus.done.set()
+
+    @staticmethod
+    def _give_up(name: str, corpus: _Corpus, error: LlmosError) -> None:
+        corpus.error = error
+        log.error("corpus %s: %s", name, error)
 
     def _load_graph(self, name: str, table: GraphTable) -> Graph:
         graph: Graph = driver("graph", table.driver)(name)
@@ -114,9 +132,7 @@ class KnowledgeServer:
         log.info("graph %s: %d nodes, %d edges", name, *graph.size())
         return graph
 
-    async def _build_corpus(self, name: str, corpus: _Corpus) -> None:
-        loop = asyncio.get_running_loop()
-        started = loop.time()
+    async def _read_corpus(self, name: str, corpus: _Corpus) -> None:
         table = corpus.table
         path = self._system.at(table.path)
         passages, corpus.skipped = await asyncio.to_thread(
@@ -127,7 +143,12 @@ class KnowledgeServer:
         corpus.passages = {p.id: p for p in passages}
         if not passages:
             log.warning("corpus %s is empty", name)
-            return
+
+    async def _build_corpus(self, name: str, corpus: _Corpus) -> None:
+        loop = asyncio.get_running_loop()
+        started = loop.time()
+        table = corpus.table
+        passages = list(corpus.passages.values())
         _, route = await self._directory.slot(table.embedder, "encoder")
         digest = hashlib.sha256(
             json.dumps(
@@ -147,8 +168,10 @@ class KnowledgeServer:
                     table.embedder, [f"{p.title}\n{p.text}" if p.title else p.text for p in part]
                 )
                 await asyncio.to_thread(index.upsert, [p.id for p in part], vectors)
+                corpus.embedded = at + len(part)
             await asyncio.to_thread(index.save, folder, digest)
         corpus.index = index
+        corpus.embedded = len(passages)
         corpus.seconds = loop.time() - started
         log.info(
             "corpus %s: %d passages in %.2f s%s",
@@ -203,7 +226,8 @@ class KnowledgeServer:
             elif kind == "graph":
                 holder = self._graphs[name]
             if holder is not None:
-                await holder.done.wait()
+                # Not until it is embedded: a large corpus takes minutes, and retrieve waits.
+                await (holder.read if isinstance(holder, _Corpus) else holder.done).wait()
                 if holder.error is not None:
                     raise holder.error
 
@@ -297,6 +321,7 @@ class KnowledgeServer:
                 name: {
                     "ready": c.done.is_set(),
                     "passages": len(c.passages),
+                    "embedded": c.embedded,
                     "skipped": [asdict(s) for s in c.skipped],
                     "seconds": round(c.seconds, 3),
                     "cached": c.cached,

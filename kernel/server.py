@@ -707,6 +707,20 @@ class KernelServer:
             "metrics_port": self._endpoint.port if self._endpoint else None,
         }
 
+    @answers
+    async def knowledge(self) -> dict[str, Any]:
+        """Corpora and graphs: what is ready, and how far the others are.
+
+        Raises:
+            ProcessGone: the knowledge process is being restarted.
+        """
+        await self._booted()
+        handle = self._handles.get("knowledge")
+        if handle is None:
+            raise ProcessGone("knowledge", "it is being restarted", final=False)
+        found: dict[str, Any] = await call(handle.status.remote(), "knowledge", 10.0)
+        return found
+
     async def metrics(self) -> str:
         """Prometheus text of all processes."""
         return render(await self._exports())

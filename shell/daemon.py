@@ -12,6 +12,14 @@ from llmos.drivers.errors import LlmosError
 from llmos.kernel.client import Kernel
 from llmos.kernel.system import SystemConfig
 
+READY = "ready"
+"""The last line before it serves; the lines before say what is being waited for."""
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
 
 def serve(system: SystemConfig, address: str | None = None) -> int:
     """Boot, wait for SIGTERM or SIGINT, shut down. Returns the exit code."""
@@ -23,12 +31,11 @@ def serve(system: SystemConfig, address: str | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, on_signal)
     try:
-        kernel = Kernel.boot(system, address=address, detached=True)
+        kernel = Kernel.boot(system, address=address, detached=True, progress=_say)
     except LlmosError as error:
         sys.stderr.write(f"error: {error} [{error.code}]\n")
         return 1
-    sys.stdout.write("ready\n")
-    sys.stdout.flush()
+    _say(READY)
     stop.wait()
     kernel.shutdown()
     return 0

@@ -51,8 +51,8 @@ Data = Annotated[
     typer.Option("--data", metavar="NAME=PATH", help="Read a corpus or graph from elsewhere."),
 ]
 
-UP_S = 300.0
-"""Longest wait of ``up``."""
+UP_S = 180.0
+"""Longest wait of ``up`` without any progress."""
 DOWN_S = 60.0
 """Longest wait of ``down`` before it uses force."""
 
@@ -135,16 +135,19 @@ def _start_daemon(file: Path, data: list[str], name: str, settings: Settings) ->
         )
     console = render.console()
     try:
-        with console.status(f"Booting {name} …"):
-            until = time.monotonic() + UP_S
-            while "ready" not in out.read_text(errors="replace").split():
+        with console.status(f"Booting {name} …") as shown:
+            last, changed = "", time.monotonic()
+            while (text := out.read_text(errors="replace").strip()).split("\n")[-1] != "ready":
                 code = process.poll()
                 if code is not None:
-                    text = out.read_text(errors="replace").strip()
-                    exits.fail(text.removeprefix("error: ") or f"the kernel ended with {code}")
-                if time.monotonic() > until:
+                    error = text.partition("error: ")[2]
+                    exits.fail(error or text or f"the kernel ended with {code}")
+                if text != last:
+                    last, changed = text, time.monotonic()
+                    shown.update(f"Booting {name}: {text.split(chr(10))[-1]} …")
+                elif time.monotonic() - changed > UP_S:
                     process.terminate()
-                    exits.fail(f"not ready after {UP_S:.0f} s; see {out}", exits.DEADLINE)
+                    exits.fail(f"nothing has happened for {UP_S:.0f} s; see {out}", exits.DEADLINE)
                 time.sleep(0.1)
     except KeyboardInterrupt:
         process.terminate()
@@ -235,8 +238,13 @@ def run(
 
         console = render.console()
         started = time.monotonic()
-        with console.status("Booting the kernel …") if not as_json else _quiet():
+        if as_json:
             kernel = Kernel.boot(system, address=address)
+        else:
+            with console.status("Booting the kernel …") as shown:
+                kernel = Kernel.boot(
+                    system, address=address, progress=lambda text: shown.update(f"{text} …")
+                )
         with kernel:
             booted = time.monotonic() - started
             if not as_json:
@@ -269,11 +277,6 @@ def run(
             )
         if failed:
             raise typer.Exit(exits.FAILED)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    yield
 
 
 # -------------------------------------------------------------------- agents

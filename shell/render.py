@@ -271,7 +271,7 @@ def status(state: dict[str, Any]) -> RenderableType:
     for column in ("KNOWLEDGE", "SIZE", "STATE"):
         knowledge.add_column(column, overflow="fold")
     for name, c in state["knowledge"]["corpora"].items():
-        done = c["error"] or ("ready" if c["ready"] else "loading")
+        done = c["error"] or ("ready" if c["ready"] else f"{c['embedded']} embedded")
         skipped = f", {len(c['skipped'])} files left out" if c["skipped"] else ""
         knowledge.add_row(f"corpus {name}", f"{c['passages']} passages{skipped}", _styled(done))
     for name, g in state["knowledge"]["graphs"].items():
