@@ -377,7 +377,7 @@ class StoreError(DriverError):
 
 
 class StaleEpoch(StoreError):
-    """The agent has a newer owner; nothing of this commit was kept."""
+    """The agent has another owner; nothing of this commit was kept."""
 
     def __init__(self, agent: str, epoch: int, current: int) -> None:
         self.agent, self.epoch, self.current = agent, epoch, current

@@ -524,7 +524,7 @@ class AgentRow:
     config: bytes
     """msgpack of the program's configuration."""
     epoch: int
-    """Owner's epoch; commits of older epochs are refused."""
+    """Owner's epoch; commits under any other are refused."""
     created_at: float
 
 
@@ -603,7 +603,7 @@ class Store(Protocol):
         """Apply all writes in one durable transaction. Rows with the same key are replaced.
 
         Raises:
-            StaleEpoch: a StateWrite or TurnRow of an older epoch than the agent's.
+            StaleEpoch: a StateWrite or TurnRow of another epoch than the agent's.
             StoreUnavailable: disk full, I/O error, locked by another process, closed.
             In both cases nothing of ``writes`` was kept.
         """

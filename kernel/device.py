@@ -231,7 +231,7 @@ class DeviceServer:
                 state.cancelled.discard(job.id)
                 results.append(error.with_traceback(None))
             else:
-                if job.id in state.cancelled:
+                if job.id in state.cancelled or self._clients.get(client) is not state:
                     state.cancelled.discard(job.id)
                     engine.cancel(job.id)
                 results.append(None)

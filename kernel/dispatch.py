@@ -36,10 +36,12 @@ from llmos.syscalls.errors import (
     CapabilityDenied,
     DeadlineExceeded,
     LabelViolation,
+    UnknownAgent,
 )
 from llmos.syscalls.generate import Generate
 from llmos.syscalls.labels import Labels, Provenance
 from llmos.syscalls.messages import Ask, Send
+from llmos.syscalls.state import ReadState
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -81,6 +83,7 @@ class TurnDispatcher:
         self.provenance: dict[Provenance, None] = {}
         """Everything the turn rests on, in the order it was seen."""
         self.count = 0
+        self._ended = False
         self._chain = chain
         self._manifest = manifest
         self._services = services
@@ -106,6 +109,7 @@ class TurnDispatcher:
             try:
                 async with asyncio.timeout(budget):
                     response = await handler(request, self._caller(), self._services)
+                self._in_time()
             except TimeoutError:
                 raise DeadlineExceeded(f"{request.syscall} of {self.agent}", budget) from None
         except BaseException as error:
@@ -162,14 +166,21 @@ class TurnDispatcher:
         A stream that a handler leaves with ``break`` is closed by the garbage collector, some
         time after the turn has been committed.
         """
+        self._ended = True
         for seq, (request, started) in list(self._open.items()):
             self._end(request, seq, started, error=GeneratorExit())
 
     def _begin(self, request: Request[Any]) -> tuple[int, float]:
+        self._in_time()
         self.count += 1
         started = self._clock.monotonic()
         self._open[self.count] = (request, started)
         return self.count, started
+
+    def _in_time(self) -> None:
+        """A task that a handler left behind makes no syscalls: its turn has been recorded."""
+        if self._ended:
+            raise Cancelled(f"A syscall of {self.agent}", "the end of its turn")
 
     def _check(self, request: Request[Any]) -> None:
         limits = self._manifest.limits
@@ -179,8 +190,11 @@ class TurnDispatcher:
             raise CapabilityDenied(
                 self.agent, request.syscall, request.resource, self._manifest.capabilities
             )
+        if isinstance(request, ReadState) and _tenant(request.agent) != _tenant(self.agent):
+            # As with corpora: what belongs to another tenant is not there.
+            raise UnknownAgent(request.agent)
         if isinstance(request, Ask | Send):
-            tenant, receiver = self.agent.split("/", 1)[0], request.agent.split("/", 1)[0]
+            tenant, receiver = _tenant(self.agent), _tenant(request.agent)
             reason = refusal(self.labels, tenant, receiver)
             if reason is not None:
                 raise LabelViolation(
@@ -203,7 +217,7 @@ class TurnDispatcher:
     def _caller(self) -> Caller:
         return Caller(
             agent=self.agent,
-            tenant=self.agent.split("/", 1)[0],
+            tenant=_tenant(self.agent),
             turn=self.turn,
             chain=self._chain,
             labels=self.labels,
@@ -248,6 +262,10 @@ class TurnDispatcher:
                 labels=record.pack_labels(response.labels if response else Labels()),
             )
         )
+
+
+def _tenant(agent: str) -> str:
+    return agent.split("/", 1)[0]
 
 
 def as_llmos_error(error: BaseException, agent: str, turn: str) -> LlmosError:

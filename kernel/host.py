@@ -7,6 +7,7 @@ the store), the turn runs, and what is idle is dropped again when there are many
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from typing import Any
 import msgpack
 from pydantic import BaseModel
 
-from llmos.drivers.errors import LlmosError
+from llmos.drivers.errors import LlmosError, StaleEpoch
 from llmos.drivers.protocols import StateWrite, StoreWrite, SyscallRow, TurnRow, TurnStatus
 from llmos.kernel import logs, record
 from llmos.kernel.clock import Clock, SystemClock
@@ -28,7 +29,7 @@ from llmos.kernel.directory import Directory, DirectoryHolder
 from llmos.kernel.dispatch import TurnDispatcher, as_llmos_error
 from llmos.kernel.manifest import Manifest
 from llmos.kernel.metrics import TURN_WAIT, TURNS, Exported, export
-from llmos.kernel.program import HandlerSpec, Program, ProgramError, load_program, make_config
+from llmos.kernel.program import HandlerSpec, Program, ProgramError, ProgramLoader, make_config
 from llmos.kernel.remote import Handle, ProcessGone, answers, call
 from llmos.kernel.router import Router
 from llmos.kernel.services import RemoteServices
@@ -48,7 +49,9 @@ MAX_ACTIVE = 10_000
 """Agents in memory; the longest idle are dropped beyond that."""
 COMMIT_S = 30.0
 """Longest wait for a commit: a journal that was lost is back much sooner."""
-MAX_REMEMBERED = 4_096
+STOP_S = 2.0
+"""What a cancelled handler is given to clean up."""
+MAX_REMEMBERED = 1_024
 """Replies kept for askers that ask again with the same message id."""
 
 
@@ -80,7 +83,7 @@ class HostServer:
         logs.configure(Path(log_dir), name, log_level)
         self._name = name
         self._epoch = epoch
-        self._search = Path(search) if search else None
+        self._programs = ProgramLoader(Path(search) if search else None)
         self._clock: Clock = SystemClock()
         self._directory = DirectoryHolder()
         self._router = Router(kernel)
@@ -122,7 +125,7 @@ class HostServer:
             ProgramError: it cannot be loaded or does not take the configuration.
             UnknownResource, RuleSyntaxError, DocumentError: a store is missing or broken.
         """
-        loaded = await asyncio.to_thread(load_program, program, self._search)
+        loaded = await self._programs.load(program)
         made = make_config(program, loaded, config)
         manifest = loaded.manifest.resolve(made)
         _first_state(program, loaded)
@@ -143,17 +146,18 @@ class HostServer:
         return await asyncio.shield(task)
 
     async def _load(self, agent: str) -> _Active:
-        journal = await self._directory.service("journal")
-        row, stored = await call(journal.activate.remote(agent), "the journal")
+        row, stored = await self._services.stored(agent)
         if row is None:
             raise UnknownAgent(agent)
-        program = await asyncio.to_thread(load_program, row.program, self._search)
+        program = await self._programs.load(row.program)
         config = make_config(row.program, program, msgpack.unpackb(row.config))
         manifest = program.manifest.resolve(config)
         if stored is None:
             state = _first_state(row.program, program)
         else:
-            state = program.State.model_validate(msgpack.unpackb(stored))
+            # As JSON, which is how it was written: a strict model takes a date from a text
+            # there, and not elsewhere.
+            state = program.State.model_validate_json(json.dumps(msgpack.unpackb(stored)))
         limits = manifest.limits
         self._queue.limit(agent, mailbox=limits.mailbox, concurrent_turns=limits.concurrent_turns)
         active = _Active(agent, program, row.program, manifest, config, state)
@@ -169,13 +173,18 @@ class HostServer:
                 break
             if agent not in busy and not self._queue.waiting(agent):
                 del self._active[agent]
+                self._queue.forget(agent)
 
     async def drop(self, agent: str, by: str) -> None:
         """The agent was killed or moved: cancel its turns and forget it."""
         for task in list(self._turns.values()):
             if not task.done() and task.get_name() == agent:
                 task.cancel(by)
+        activating = self._activating.get(agent)
+        if activating is not None:
+            activating.cancel(by)
         self._active.pop(agent, None)
+        self._queue.forget(agent)
 
     # -- delivery
 
@@ -183,11 +192,15 @@ class HostServer:
         """Handle a message and reply. The same message id is handled once."""
         task = self._take_in(envelope)
         try:
-            return await asyncio.shield(task)
+            reply = await asyncio.shield(task)
         except asyncio.CancelledError:
             if not task.done():
                 task.cancel("its asker")
             raise
+        if isinstance(reply.error, StaleEpoch):
+            # Not this message's fault: it may come again, here or elsewhere.
+            self._turns.pop(envelope.id, None)
+        return reply
 
     @answers
     async def post(self, envelope: Envelope) -> None:
@@ -373,8 +386,8 @@ class HostServer:
             try:
                 state = active.state.model_copy(deep=True)
                 instance = active.program(state, active.config)
-                async with asyncio.timeout(deadline_s):
-                    reply = await getattr(instance, spec.method)(message, Context(dispatcher))
+                handler = getattr(instance, spec.method)(message, Context(dispatcher))
+                reply = await self._run(handler, deadline_s, agent, turn)
                 if reply is not None and not isinstance(reply, Message):
                     raise TypeError(
                         f"{spec.method} returned {type(reply).__name__}, not a Message or None"
@@ -382,8 +395,6 @@ class HostServer:
                 changed = instance.state != active.state
                 if changed and spec.read_only:
                     raise ReadOnlyTurn(agent, spec.method, "changed the state")
-            except TimeoutError:
-                return None, DeadlineExceeded(f"the turn of {agent}", deadline_s), None
             except asyncio.CancelledError as cancelled:
                 by = str(cancelled.args[0]) if cancelled.args else "its asker"
                 return None, Cancelled(f"The turn of {agent}", by), None
@@ -394,6 +405,45 @@ class HostServer:
                 log.exception("handler %s failed", spec.method)
                 return None, as_llmos_error(error, agent, turn), None
         return reply, None, instance.state if changed else None
+
+    async def _run(
+        self,
+        handler: Coroutine[Any, Any, Message | None],
+        deadline_s: float,
+        agent: str,
+        turn: str,
+    ) -> Message | None:
+        """Run a handler to its end or its deadline.
+
+        In a task of its own: one that swallows its cancellation is left behind, since it
+        would otherwise keep its agent from ever having another turn.
+        """
+
+        async def guarded() -> Message | None:
+            try:
+                return await handler
+            except SystemExit as error:
+                # Out of a task it would end the whole process.
+                raise as_llmos_error(error, agent, turn) from None
+
+        task = asyncio.create_task(guarded())
+        try:
+            done, _ = await asyncio.wait({task}, timeout=deadline_s)
+        except asyncio.CancelledError:
+            await self._stop(task, agent)
+            raise
+        if not done:
+            await self._stop(task, agent)
+            raise DeadlineExceeded(f"the turn of {agent}", deadline_s)
+        return task.result()
+
+    @staticmethod
+    async def _stop(task: asyncio.Task[Message | None], agent: str) -> None:
+        task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())
+        task.cancel("the end of the turn")
+        await asyncio.wait({task}, timeout=STOP_S)
+        if not task.done():
+            log.error("the handler of %s ignores its cancellation and is left behind", agent)
 
     async def _commit(self, writes: list[StoreWrite]) -> None:
         """Make it durable, and see it through: a turn that is cancelled here may be in the

@@ -6,8 +6,11 @@ instead of importing the base class.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import importlib
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 
 from llmos.drivers.errors import LlmosError
 from llmos.kernel.manifest import Manifest
+from llmos.syscalls.errors import Busy
 from llmos.syscalls.messages import Message
 
 
@@ -114,3 +118,65 @@ def make_config(program: str, loaded: Program, config: Mapping[str, Any]) -> Bas
         raise ProgramError(
             program, f"config.{where}: {first['msg']}", remedy=f"Its fields: {fields}"
         ) from None
+
+
+MAX_IMPORTS = 8
+"""Modules that may be on their way in at the same time."""
+
+
+class ProgramLoader:
+    """Loads programs without holding up the event loop.
+
+    An import runs the user's code and may never come back. Each has a thread of its own:
+    in a shared pool a few such modules would stop everything else that needs the pool.
+    """
+
+    def __init__(self, search: Path | None) -> None:
+        self._search = search
+        self._loading: dict[str, asyncio.Future[Program]] = {}
+
+    async def load(self, program: str) -> Program:
+        """Import ``module:Class``; the caller sets the deadline.
+
+        Raises:
+            ProgramError: see :func:`load_program`.
+            Busy: too many imports have not come back.
+        """
+        future = self._loading.get(program)
+        if future is None:
+            if len(self._loading) >= MAX_IMPORTS:
+                raise Busy("Importing programs", len(self._loading), 5.0)
+            loop = asyncio.get_running_loop()
+            future = self._loading[program] = loop.create_future()
+            # Whether or not anybody still waits for it, its error has been seen.
+            future.add_done_callback(lambda done: done.cancelled() or done.exception())
+            thread = threading.Thread(
+                target=self._run,
+                args=(program, loop, future),
+                name=f"import {program}",
+                daemon=True,
+            )
+            thread.start()
+        return await asyncio.shield(future)
+
+    def _run(
+        self, program: str, loop: asyncio.AbstractEventLoop, future: asyncio.Future[Program]
+    ) -> None:
+        result: Program | LlmosError
+        try:
+            result = load_program(program, self._search)
+        except LlmosError as error:
+            result = error
+        with contextlib.suppress(RuntimeError):  # The loop is closed: nobody waits.
+            loop.call_soon_threadsafe(self._done, program, future, result)
+
+    def _done(
+        self, program: str, future: asyncio.Future[Program], result: Program | LlmosError
+    ) -> None:
+        del self._loading[program]
+        if future.cancelled():
+            return
+        if isinstance(result, LlmosError):
+            future.set_exception(result)
+        else:
+            future.set_result(result)

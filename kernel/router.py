@@ -39,10 +39,12 @@ class Router:
         self._kernel = kernel
         self._known: dict[str, Location] = {}
 
-    async def locate(self, agent: str, after_epoch: int, timeout_s: float) -> Location:
-        """Where the agent is, in an epoch after the given one; waits while it is nowhere."""
+    async def locate(
+        self, agent: str, not_at: tuple[str, int] | None, timeout_s: float
+    ) -> Location:
+        """Where the agent is, but for a host and epoch found lost; waits while it is nowhere."""
         known = self._known.get(agent)
-        if known is not None and known.epoch > after_epoch:
+        if known is not None and (known.host, known.epoch) != not_at:
             return known
         loop = asyncio.get_running_loop()
         until = loop.time() + timeout_s
@@ -50,7 +52,7 @@ class Router:
             left = max(until - loop.time(), 0.001)
             try:
                 found: Location = await call(
-                    self._kernel.locate.remote(agent, after_epoch, left),
+                    self._kernel.locate.remote(agent, not_at, left),
                     f"the kernel (for {agent})",
                     left + 5.0,
                 )
@@ -73,12 +75,13 @@ class Router:
         """
         loop = asyncio.get_running_loop()
         until = loop.time() + envelope.deadline_s
-        epoch = losses = 0
+        lost: tuple[str, int] | None = None
+        losses = 0
         while True:
             left = until - loop.time()
             if left <= 0:
                 raise DeadlineExceeded(f"the answer of {envelope.receiver}", envelope.deadline_s)
-            location = await self.locate(envelope.receiver, epoch, left)
+            location = await self.locate(envelope.receiver, lost, left)
             left = max(until - loop.time(), 0.001)
             ref = location.handle.deliver.remote(envelope.with_deadline(left))
             try:
@@ -87,11 +90,12 @@ class Router:
             except ProcessGone as error:
                 losses += 1
                 self._lost(envelope, location, losses, error)
-                epoch = location.epoch
+                lost = (location.host, location.epoch)
                 continue
             if isinstance(reply.error, StaleEpoch):
-                epoch = location.epoch
+                # It moved, or is just moving: the kernel knows where to.
                 self._known.pop(envelope.receiver, None)
+                await asyncio.sleep(RETRY_S)
                 continue
             return reply
 
@@ -99,18 +103,19 @@ class Router:
         """Deliver into the mailbox; return when it is there. Tries again until the deadline."""
         loop = asyncio.get_running_loop()
         until = loop.time() + envelope.deadline_s
-        epoch = losses = 0
+        lost: tuple[str, int] | None = None
+        losses = 0
         while True:
             left = until - loop.time()
             if left <= 0:
                 raise DeadlineExceeded(f"delivery to {envelope.receiver}", envelope.deadline_s)
-            location = await self.locate(envelope.receiver, epoch, left)
+            location = await self.locate(envelope.receiver, lost, left)
             try:
                 await call(location.handle.post.remote(envelope), envelope.receiver, left)
             except ProcessGone as error:
                 losses += 1
                 self._lost(envelope, location, losses, error)
-                epoch = location.epoch
+                lost = (location.host, location.epoch)
             except Busy as busy:
                 await asyncio.sleep(min(busy.retry_after_s, max(until - loop.time(), 0.0)))
             else:

@@ -29,6 +29,7 @@ from llmos.kernel.core.types import DeviceSpec, ModelSpec, ProcessKind, ProcessS
 from llmos.kernel.directory import Directory, SlotRoute
 from llmos.kernel.manifest import Manifest
 from llmos.kernel.metrics import AGENTS, MEMORY, RESTARTS, Exported, MetricsEndpoint, export, render
+from llmos.kernel.program import ProgramError
 from llmos.kernel.remote import Handle, ProcessGone, answers, call
 from llmos.kernel.router import Location
 from llmos.kernel.settings import Settings
@@ -67,6 +68,9 @@ class KernelServer:
         self._version = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._fences: dict[str, asyncio.Task[None]] = {}
+        self._rows = asyncio.Lock()
+        """Held while the store's rows of agents are changed: launch, kill and fence read
+        and write them in several steps."""
         self._booting: asyncio.Task[None] | None = None
         self._endpoint: MetricsEndpoint | None = None
         self._closing = False
@@ -241,13 +245,18 @@ class KernelServer:
         running = self._programs.get(agent)
         if running == table and agent in self._core.agents:
             return self._agent(agent)
+        until = self._clock.monotonic() + timeout_s
         host = await self._any_host(timeout_s)
+        left = max(until - self._clock.monotonic(), 0.001)
         manifest: Manifest = await call(
-            host.inspect.remote(table.program, table.tenant, table.config), "inspecting", timeout_s
+            host.inspect.remote(table.program, table.tenant, table.config),
+            f"inspecting {table.program}",
+            left,
         )
         for need in manifest.models:
             if need.name in self._model_errors:
                 raise self._model_errors[need.name]
+        packed = _pack_config(table)
         request = f"launch:{agent}:{os.urandom(4).hex()}"
         event = ev.LaunchAsked(
             now=self._clock.monotonic(),
@@ -255,22 +264,31 @@ class KernelServer:
             agent=agent,
             models=tuple((n.name, int(n.memory) if n.memory else None) for n in manifest.models),
         )
-        launched: act.Launched = await self._request(request, event, timeout_s)
-        row = AgentRow(
-            agent=agent,
-            program=table.program,
-            config=bytes(msgpack.packb(table.config)),
-            epoch=launched.epoch,
-            created_at=self._clock.time(),
-        )
+        left = max(until - self._clock.monotonic(), 0.001)
+        launched: act.Launched = await self._request(request, event, left)
         try:
-            await self._journal("commit", [AgentWrite(row)])
-        except LlmosError:
+            async with self._rows:
+                while True:
+                    # Its host may have been restarted meanwhile, under another epoch.
+                    epoch = self._epoch_of(agent)
+                    row = AgentRow(agent, table.program, packed, epoch, self._clock.time())
+                    await self._journal("commit", [AgentWrite(row)])
+                    if self._epoch_of(agent) == epoch:
+                        break
+        except BaseException:
+            # Also when the asker has gone: what nobody was told of must not hold the name.
             self._apply(ev.KillAsked(now=self._clock.monotonic(), cause=request, agent=agent))
             raise
         self._manifests[agent], self._programs[agent] = manifest, table
         log.info("launched %s on %s", agent, launched.host)
         return self._agent(agent)
+
+    def _epoch_of(self, agent: str) -> int:
+        """The epoch of the host that an agent is given to."""
+        entry = self._core.agents.get(agent)
+        if entry is None or not entry.host:
+            raise UnknownAgent(agent)  # It was killed in this very moment.
+        return self._core.processes[entry.host].epoch
 
     async def _request(self, request: str, event: ev.AnyEvent, timeout_s: float) -> Any:
         """Hand the core an event and wait for the action that answers it."""
@@ -281,12 +299,23 @@ class KernelServer:
             async with asyncio.timeout(timeout_s):
                 return await future
         except TimeoutError:
-            self._apply(
-                ev.LaunchGivenUp(now=self._clock.monotonic(), cause=request, request=request)
-            )
+            self._take_back(request, future)
             raise DeadlineExceeded(f"waiting for memory ({request})", timeout_s) from None
+        except asyncio.CancelledError:
+            self._take_back(request, future)
+            raise
         finally:
             self._requests.pop(request, None)
+
+    def _take_back(self, request: str, future: asyncio.Future[Any]) -> None:
+        """Nobody waits for this request any more."""
+        now = self._clock.monotonic()
+        answered = future.done() and not future.cancelled() and future.exception() is None
+        if answered and isinstance(future.result(), act.Launched):
+            agent = future.result().agent
+            self._apply(ev.KillAsked(now=now, cause=request, agent=agent))
+        else:
+            self._apply(ev.LaunchGivenUp(now=now, cause=request, request=request))
 
     async def _any_host(self, timeout_s: float) -> Handle:
         def first() -> Handle:
@@ -315,8 +344,12 @@ class KernelServer:
                     if handle is not None:
                         with contextlib.suppress(ProcessGone):
                             return await call(getattr(handle, method).remote(*args), "the journal")
+
+                    def is_back(lost: Handle = handle) -> bool:
+                        return self._handles.get("journal") not in (None, lost)
+
                     async with self._routes_changed:
-                        await self._routes_changed.wait()
+                        await self._routes_changed.wait_for(is_back)
         except TimeoutError:
             raise DeadlineExceeded(f"the journal ({method})", 30.0) from None
 
@@ -330,38 +363,54 @@ class KernelServer:
         await self._booted()
         agent = self._resolve(agent)
         request = f"kill:{agent}:{os.urandom(4).hex()}"
-        event = ev.KillAsked(now=self._clock.monotonic(), cause=request, agent=agent)
-        killed: act.Killed = await self._request(request, event, 30.0)
+        # The row first: what comes in from now on does not find the agent in the store.
+        async with self._rows:
+            await self._journal("commit", [AgentDelete(agent)])
+            event = ev.KillAsked(now=self._clock.monotonic(), cause=request, agent=agent)
+            killed: act.Killed = await self._request(request, event, 30.0)
+            self._manifests.pop(agent, None)
+            self._programs.pop(agent, None)
         handle = self._handles.get(killed.host)
         if handle is not None:
-            with contextlib.suppress(ProcessGone):
+            try:
                 await call(handle.drop.remote(agent, "a kill"), killed.host, 10.0)
-        await self._journal("commit", [AgentDelete(agent)])
-        self._manifests.pop(agent, None)
-        self._programs.pop(agent, None)
+            except LlmosError as error:
+                log.warning("%s may go on with a turn of %s: %s", killed.host, agent, error)
         log.info("killed %s", agent)
         return {"agent": agent}
 
     @answers
-    async def locate(self, agent: str, after_epoch: int, timeout_s: float) -> Location:
-        """Where an agent is served, in an epoch after the given one; waits for a restart.
+    async def locate(
+        self, agent: str, not_at: tuple[str, int] | None, timeout_s: float
+    ) -> Location:
+        """Where an agent is served; waits while that is nowhere.
+
+        Args:
+            agent: Its id, or an unambiguous part of it.
+            not_at: A host and its epoch that the asker found lost.
+            timeout_s: How long to wait.
 
         Raises:
             UnknownAgent, HostUnavailable; DeadlineExceeded after ``timeout_s``.
         """
+
+        def found() -> Location | None:
+            route = self._core.route(self._resolve(agent))
+            handle = self._handles.get(route[0]) if route is not None else None
+            if route is None or handle is None or route == not_at:
+                return None
+            return Location(route[0], route[1], handle)
+
         try:
             async with asyncio.timeout(timeout_s):
                 await self._booted()
-                while True:
-                    route = self._core.route(self._resolve(agent))
-                    if route is not None and route[1] > after_epoch:
-                        handle = self._handles.get(route[0])
-                        if handle is not None:
-                            return Location(route[0], route[1], handle)
-                    async with self._routes_changed:
-                        await self._routes_changed.wait()
+                async with self._routes_changed:
+                    await self._routes_changed.wait_for(lambda: found() is not None)
+                location = found()
         except TimeoutError:
             raise DeadlineExceeded(f"finding a host for {agent}", timeout_s) from None
+        assert location is not None
+        return location
 
     @answers
     async def resolve(self, agent: str) -> str:
@@ -434,10 +483,7 @@ class KernelServer:
     async def _watch(self, action: act.StartProcess) -> None:
         """Start a process, say when it is up, and when it is gone."""
         name = action.process
-        reason = ""
-        old = self._handles.pop(name, None)
-        if old is not None:
-            workers.kill(old)
+        reason, handle = "", None
         try:
             if name in self._fences:
                 await self._fences.pop(name)
@@ -462,10 +508,17 @@ class KernelServer:
             await call(handle.lifeline.remote(), name)
         except LlmosError as error:
             reason = str(error)
+        except Exception as error:
+            # A bug of ours or of Ray: the process counts as lost, and the log has the rest.
+            log.exception("watching %s", name)
+            reason = repr(error)
         if self._closing:
             return
         RESTARTS.labels(process=name).inc()
         self._handles.pop(name, None)
+        if handle is not None:
+            # It may be alive: too slow to start, or cut off. Two of them must not be.
+            workers.kill(handle)
         await self._announce()
         self._apply(
             ev.ProcessLost(
@@ -480,12 +533,21 @@ class KernelServer:
 
     async def _fence(self, action: act.Fence) -> None:
         """Raise the epoch of a host's agents in the store: older owners can commit no more."""
-        writes = []
-        for agent in action.agents:
-            row, _ = await self._journal("activate", agent)
-            if row is not None:
-                writes.append(AgentWrite(replace(row, epoch=action.epoch)))
-        await self._journal("commit", writes)
+        async with self._rows:
+            writes = []
+            for agent in action.agents:
+                row, _ = await self._journal("activate", agent)
+                if row is not None:
+                    writes.append(AgentWrite(replace(row, epoch=action.epoch)))
+            await self._journal("commit", writes)
+        self._apply(
+            ev.Fenced(
+                now=self._clock.monotonic(),
+                cause=action.cause,
+                host=action.host,
+                agents=action.agents,
+            )
+        )
 
     async def _load(self, action: act.LoadSlot) -> None:
         table = self._system.models[action.slot]
@@ -526,8 +588,12 @@ class KernelServer:
         handle = self._handles.get(f"device:{action.device}")
         if handle is None:
             return
-        with contextlib.suppress(ProcessGone):
+        try:
             await call(handle.unload.remote(action.slot), f"unloading {action.slot}")
+        except ProcessGone:
+            return  # The core hears that its device is lost.
+        except LlmosError as error:
+            log.error("unloading %s: %s", action.slot, error)
         self._apply(
             ev.SlotUnloaded(now=self._clock.monotonic(), cause=action.cause, slot=action.slot)
         )
@@ -605,6 +671,7 @@ class KernelServer:
             log.error("a task of the kernel failed", exc_info=task.exception())
 
     def _measure(self) -> None:
+        MEMORY.clear()
         for device, account in self._core.ledger.accounts.items():
             for owner, reservation in account.reservations.items():
                 MEMORY.labels(device=device, owner=owner).set(reservation.held_bytes)
@@ -631,11 +698,13 @@ class KernelServer:
             "description": manifest.description if manifest else "",
         }
 
+    @answers
     async def ps(self) -> list[dict[str, Any]]:
         """All agents."""
         await self._booted()
         return [self._agent(agent) for agent in sorted(self._core.agents)]
 
+    @answers
     async def status(self) -> dict[str, Any]:
         """Processes, devices with memory by owner, slots, knowledge."""
         await self._booted()
@@ -803,3 +872,19 @@ def agent_id(table: AgentTable) -> str:
 
 def _statistics(statistics: Any) -> dict[str, Any] | None:
     return asdict(statistics) if statistics is not None else None
+
+
+def _pack_config(table: AgentTable) -> bytes:
+    """A configuration as it is stored.
+
+    Raises:
+        ProgramError: it holds what has no form outside this process, e.g. a TOML date.
+    """
+    try:
+        return bytes(msgpack.packb(table.config))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ProgramError(
+            table.program,
+            f"config cannot be stored: {error}",
+            remedy="Write dates and the like as strings",
+        ) from None

@@ -12,7 +12,15 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from llmos.drivers.errors import EngineFailed, LlmosError
-from llmos.drivers.protocols import Edge, GenerationChunk, GenerationJob, Node, RuleBase, Vectors
+from llmos.drivers.protocols import (
+    AgentRow,
+    Edge,
+    GenerationChunk,
+    GenerationJob,
+    Node,
+    RuleBase,
+    Vectors,
+)
 from llmos.drivers.registry import driver
 from llmos.kernel import record
 from llmos.kernel.clock import Clock
@@ -96,6 +104,7 @@ class DeviceLink:
 
     def _lost(self, error: LlmosError) -> None:
         """Every waiter hears that the device is gone."""
+        self._pending.clear()
         for job_id in list(self._jobs):
             gone = ServiceUnavailable(self._name, str(error))
             self._put(GenerationChunk(job_id, finish="error", error=gone))
@@ -163,11 +172,15 @@ class RemoteServices:
     # -- knowledge
 
     async def _knowledge(self, method: str, *args: Any) -> Any:
+        return await self._service("knowledge", method, *args)
+
+    async def _service(self, name: str, method: str, *args: Any) -> Any:
+        """Call a service; one that is lost is asked again when it is back."""
         while True:
             version = self._directory.current.version
-            handle = await self._directory.service("knowledge")
+            handle = await self._directory.service(name)
             try:
-                return await call(getattr(handle, method).remote(*args), method)
+                return await call(getattr(handle, method).remote(*args), f"{name} ({method})")
             except ProcessGone:
                 await self._directory.newer(version)
 
@@ -237,11 +250,17 @@ class RemoteServices:
 
     async def state_of(self, agent: str) -> dict[str, Any]:
         """Last committed state of an agent."""
-        journal = await self._directory.service("journal")
-        row, state = await call(journal.activate.remote(agent), "the journal")
+        row, state = await self.stored(agent)
         if row is None:
             raise UnknownAgent(agent)
         return record.unpack(state) if state else {}
+
+    async def stored(self, agent: str) -> tuple[AgentRow | None, bytes | None]:
+        """Row and committed state of an agent."""
+        found: tuple[AgentRow | None, bytes | None] = await self._service(
+            "journal", "activate", agent
+        )
+        return found
 
     # -- time and chance
 

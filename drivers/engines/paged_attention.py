@@ -1,10 +1,15 @@
-"""Attention for continuous batching on the CPU, one sequence at a time.
+"""Attention for continuous batching on the CPU, over each sequence's own cache alone.
 
 The library packs all sequences of a step into one and separates them by a
 block-diagonal mask, so attention costs (batch x total length) where
-(sum of lengths) is needed. Here each sequence attends to its own cache alone and no
-mask is built while it decodes. Keys and values are kept layer by layer, so that the
-blocks of a job that follow one another are one view and are read in place.
+(sum of lengths) is needed. Here sequences that decode are put into groups of similar
+length, each one batched matrix product over gathered keys; prompts, and sequences too
+few for a group, attend one by one. Keys and values are kept by layer and head, so that
+the blocks of a job that follow one another are one view and are read in place.
+
+Why gather at all: PyTorch's fused kernel spends most of its time on each call's and
+each head's preparation when there is one query; copying rows and two plain products
+take a quarter to a half of that time (measured in bfloat16 and float32).
 
 On CUDA the library's own kernels are used instead: there launches cost more than
 the wasted arithmetic, and flash kernels know ragged batches.
@@ -14,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,6 +30,29 @@ from llmos.drivers.engines.blocks import run_start
 
 NAME = "llmos_paged"
 """What the library calls this attention."""
+
+
+GROUP_LEAST = 3
+"""Fewer decoding sequences of similar length than this attend one by one."""
+GROUP_TOKENS = 4096
+"""Keys of one group at most, padding included, so that the copy stays in the processor's cache."""
+_SLACK_TOKENS = 32
+"""A sequence this much shorter than its group's longest may always join it."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Decoding sequences of similar length; the same for all layers."""
+
+    queries: torch.Tensor | None
+    """Their rows among the step's query tokens; None: exactly all rows, in order."""
+    count: int
+    longest: int
+    rows: torch.Tensor
+    """Cache rows, (count * longest,). Padding repeats the sequence's own last row: other
+    rows may hold anything, even NaN, and belong to other jobs."""
+    mask: torch.Tensor | None
+    """Shape (count, longest), added to the scores. None: all are equally long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +80,79 @@ class Plan:
         lengths: Sequence[tuple[int, int]],
         tables: Sequence[list[int]],
         page_tokens: int,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Lengths are (past, query) tokens of each sequence, tables their blocks."""
+        """Lengths are (past, query) tokens of each sequence, tables their blocks.
+
+        ``dtype`` is the queries' number format.
+        """
         self.sequences: list[StepSequence] = []
-        start = 0
-        for (past, query), table in zip(lengths, tables, strict=True):
+        """Those that attend one by one."""
+        self.groups: list[DecodeGroup] = []
+        starts = list(accumulate((query for _, query in lengths), initial=0))
+        self.query_tokens = starts.pop()
+        grouped: set[int] = set()
+        for members in _similar([(p + 1, i) for i, (p, q) in enumerate(lengths) if q == 1]):
+            places = [(starts[i], lengths[i][0] + 1, tables[i]) for i in members]
+            self.groups.append(_group(places, page_tokens, dtype, self.query_tokens))
+            grouped.update(members)
+        for i, ((past, query), table) in enumerate(zip(lengths, tables, strict=True)):
+            if i in grouped:
+                continue
             keys = past + query
-            blocks = table[: -(-keys // page_tokens)]
-            first = run_start(blocks)
+            first = run_start(table[: -(-keys // page_tokens)])
             rows = mask = None
             if first is None:
-                pages = torch.tensor(blocks).unsqueeze(1) * page_tokens
-                rows = (pages + torch.arange(page_tokens)).flatten()[:keys]
+                rows = _rows(table, keys, page_tokens)
             if query > 1 and past:
                 mask = torch.ones(query, keys, dtype=torch.bool).tril(past)
-            self.sequences.append(
-                StepSequence(
-                    start, query, keys, -1 if first is None else first * page_tokens, rows, mask
-                )
-            )
-            start += query
-        self.query_tokens = start
+            cache_start = -1 if first is None else first * page_tokens
+            self.sequences.append(StepSequence(starts[i], query, keys, cache_start, rows, mask))
+
+
+def _rows(table: list[int], keys: int, page_tokens: int) -> torch.Tensor:
+    """Cache rows of the first ``keys`` tokens."""
+    pages = torch.tensor(table[: -(-keys // page_tokens)]).unsqueeze(1) * page_tokens
+    return (pages + torch.arange(page_tokens)).flatten()[:keys]
+
+
+def _similar(decoding: list[tuple[int, int]]) -> list[list[int]]:
+    """Groups of (keys, sequence) within a quarter of the longest, as indices of sequences."""
+    found: list[list[int]] = []
+    longest = 0
+    for keys, i in sorted(decoding, key=lambda d: (-d[0], d[1])):
+        near = 4 * keys >= 3 * longest or keys + _SLACK_TOKENS >= longest
+        # Two long ones at least may share a group, or none of them ever could.
+        room = max(GROUP_TOKENS // longest, GROUP_LEAST) if longest else 0
+        if found and near and len(found[-1]) < room:
+            found[-1].append(i)
+        else:
+            found.append([i])
+            longest = keys
+    return [sorted(members) for members in found if len(members) >= GROUP_LEAST]
+
+
+def _group(
+    places: list[tuple[int, int, list[int]]],
+    page_tokens: int,
+    dtype: torch.dtype,
+    query_tokens: int,
+) -> DecodeGroup:
+    """The group of sequences given as (query row, keys, blocks)."""
+    count = len(places)
+    keys = torch.tensor([k for _, k, _ in places]).unsqueeze(1)
+    longest = int(keys.max())
+    at = torch.arange(longest).unsqueeze(0)
+    own = at.minimum(keys - 1)
+    pages = -(-longest // page_tokens)
+    blocks = torch.tensor([(t + t[-1:] * pages)[:pages] for _, _, t in places])
+    rows = blocks.gather(1, own // page_tokens) * page_tokens + own % page_tokens
+    hidden = at >= keys
+    mask = None
+    if bool(hidden.any()):
+        mask = torch.zeros(count, longest, dtype=dtype).masked_fill_(hidden, -torch.inf)
+    queries = None if count == query_tokens else torch.tensor([q for q, _, _ in places])
+    return DecodeGroup(queries, count, longest, rows.flatten(), mask)
 
 
 def layered(allocator: Any) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
@@ -84,16 +165,19 @@ def layered(allocator: Any) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
         allocator: its full-attention allocator.
 
     Returns:
-        Keys and values by layer index, each of shape (rows, kv_heads, head_dim).
+        Keys and values by layer index, each of shape (kv_heads, rows, head_dim).
     """
     layers = len(allocator.layer_indices)
     shape = (allocator.num_key_value_heads, allocator.head_dim)
     flat = allocator.cache_tensor.view(-1)
     rows = flat.numel() // (layers * 2 * shape[0] * shape[1])
-    view = flat[: rows * layers * 2 * shape[0] * shape[1]].view(layers, 2, rows, *shape)
+    size = layers * 2 * rows * shape[0] * shape[1]
+    view = flat[:size].view(layers, 2, shape[0], rows, shape[1])
     by_layer = {layer: (view[i, 0], view[i, 1]) for i, layer in enumerate(allocator.layer_indices)}
     allocator.block_physical_stride = allocator.tokens_per_page
-    allocator._kv_token_views = by_layer
+    allocator._kv_token_views = {
+        layer: (k.transpose(0, 1), v.transpose(0, 1)) for layer, (k, v) in by_layer.items()
+    }
     return by_layer
 
 
@@ -129,42 +213,83 @@ def paged_attention(
     if llmos_plan is None or llmos_layers is None:
         raise RuntimeError(f"{NAME} attention runs only inside the engine's own steps")
     keys, values = llmos_layers[int(module.layer_idx)]  # type: ignore[arg-type]
-    new_keys, new_values = key[0].transpose(0, 1), value[0].transpose(0, 1)
-    keys.index_copy_(0, write_index[0], new_keys)
-    values.index_copy_(0, write_index[0], new_values)
-
-    heads, dim = query.shape[1], query.shape[3]
-    kv_heads = key.shape[1]
-    group = heads // kv_heads
-    out = query.new_empty(query.shape[2], heads, value.shape[3])
-    # A decoding token's heads that share keys become rows of one small product: nothing is
-    # repeated, and no mask is needed since they all see the whole sequence.
-    rows_first = query[0].transpose(0, 1).reshape(-1, kv_heads, group, dim)
+    keys.index_copy_(1, write_index[0], key[0])
+    values.index_copy_(1, write_index[0], value[0])
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    for group in llmos_plan.groups:
+        _decode_group(group, query, keys, values, scale, out)
     for s in llmos_plan.sequences:
-        begin, end = s.query_start, s.query_start + s.query_tokens
-        if s.query_tokens == s.key_tokens and s.query_tokens > 1:
-            k, v = key[:, :, begin:end], value[:, :, begin:end]
-        elif s.rows is None:
-            k = keys[s.cache_start : s.cache_start + s.key_tokens].transpose(0, 1).unsqueeze(0)
-            v = values[s.cache_start : s.cache_start + s.key_tokens].transpose(0, 1).unsqueeze(0)
-        else:
-            k = keys.index_select(0, s.rows).transpose(0, 1).unsqueeze(0)
-            v = values.index_select(0, s.rows).transpose(0, 1).unsqueeze(0)
-        if s.query_tokens == 1:
-            answer = sdpa(rows_first[begin:end], k, v, scale=scaling)
-            out[begin] = answer.reshape(heads, -1)
-        else:
-            answer = sdpa(
-                query[:, :, begin:end],
-                k,
-                v,
-                attn_mask=s.mask,
-                is_causal=s.mask is None,
-                scale=scaling,
-                enable_gqa=group > 1,
-            )
-            out[begin:end] = answer[0].transpose(0, 1)
+        _one(s, query, key, value, keys, values, scale, out)
     return out.unsqueeze(0), None
+
+
+def _decode_group(
+    group: DecodeGroup,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """All sequences of the group and all their heads in two batched products."""
+    kv_heads, _, dim = keys.shape
+    per_kv = query.shape[1] // kv_heads
+    batch = kv_heads * group.count
+    asking = query[0] if group.queries is None else query[0].index_select(1, group.queries)
+    # A token's heads that share keys become rows of one product: nothing is repeated.
+    asking = asking.view(kv_heads, per_kv, group.count, dim).transpose(1, 2)
+    k = keys.index_select(1, group.rows).view(batch, group.longest, dim)
+    v = values.index_select(1, group.rows).view(batch, group.longest, -1)
+    scores = torch.bmm(asking.reshape(batch, per_kv, dim), k.transpose(1, 2)).mul_(scale)
+    if group.mask is not None:
+        # In place through a view, so that one mask serves all heads.
+        scores.view(kv_heads, group.count, per_kv, -1).add_(group.mask.unsqueeze(1))
+    answer = torch.bmm(scores.softmax(-1), v).view(kv_heads, group.count, -1)
+    answer = answer.transpose(0, 1).reshape(group.count, *out.shape[1:])
+    if group.queries is None:
+        out.copy_(answer)
+    else:
+        out.index_copy_(0, group.queries, answer)
+
+
+def _one(
+    s: StepSequence,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """A sequence by itself: a prompt or a piece of one, or a decoding token."""
+    heads, dim = query.shape[1], query.shape[3]
+    kv_heads = keys.shape[0]
+    begin, end = s.query_start, s.query_start + s.query_tokens
+    if s.query_tokens == s.key_tokens and s.query_tokens > 1:
+        k, v = key[:, :, begin:end], value[:, :, begin:end]
+    elif s.rows is None:
+        span = slice(s.cache_start, s.cache_start + s.key_tokens)
+        k, v = keys[:, span].unsqueeze(0), values[:, span].unsqueeze(0)
+    else:
+        k = keys.index_select(1, s.rows).unsqueeze(0)
+        v = values.index_select(1, s.rows).unsqueeze(0)
+    if s.query_tokens == 1:
+        # No mask is needed: the heads, as rows of one product, all see the whole sequence.
+        rows_first = query[:, :, begin].reshape(1, kv_heads, heads // kv_heads, dim)
+        out[begin] = sdpa(rows_first, k, v, scale=scale).reshape(heads, -1)
+    else:
+        answer = sdpa(
+            query[:, :, begin:end],
+            k,
+            v,
+            attn_mask=s.mask,
+            is_causal=s.mask is None,
+            scale=scale,
+            enable_gqa=heads > kv_heads,
+        )
+        out[begin:end] = answer[0].transpose(0, 1)
 
 
 AttentionInterface.register(NAME, paged_attention)

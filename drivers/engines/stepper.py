@@ -25,6 +25,7 @@ from transformers.generation.continuous_batching.requests import RequestState, R
 from llmos.drivers.engines import paged_attention
 from llmos.drivers.engines.blocks import BlockPool
 from llmos.drivers.engines.loading import loading
+from llmos.drivers.engines.packing import pack_linears
 from llmos.drivers.engines.sampling import choose
 from llmos.drivers.protocols import EngineOptions, SamplingParams
 
@@ -132,6 +133,8 @@ class Stepper:
         self._manager = manager
         own = self._own_attention(config)
         if own:
+            # Only here: models with other kinds of layers may read their linear weights directly.
+            pack_linears(self.model)
             self.model.set_attn_implementation(paged_attention.NAME)
         with torch.inference_mode():
             self._processor: Any = manager._create_batch_processor()
@@ -250,6 +253,7 @@ class Stepper:
                     [(f.state.position_offset - f.query_length, f.query_length) for f in batch],
                     [tables[f.state.request_id] for f in batch],
                     PAGE_TOKENS,
+                    self.dtype,
                 )
             self._runner.compute_batch(self.model, data)
             processor.inputs_and_outputs.retrieve_device_outputs()

@@ -38,7 +38,7 @@ class MemoryStore:
         """Apply all writes, in order. Rows with the same key are replaced.
 
         Raises:
-            StaleEpoch: a StateWrite or TurnRow of an older epoch than the agent's, or a
+            StaleEpoch: a StateWrite or TurnRow of another epoch than the agent's, or a
                 StateWrite of an agent that is not registered; nothing was kept.
             StoreUnavailable: closed.
         """
@@ -110,7 +110,7 @@ class MemoryStore:
                 current = changed.get(write.agent, known.epoch if known else None)
                 if current is None and isinstance(write, StateWrite):
                     raise StaleEpoch(write.agent, write.epoch, NO_OWNER)
-                if current is not None and write.epoch < current:
+                if current is not None and write.epoch != current:
                     raise StaleEpoch(write.agent, write.epoch, current)
 
     def _apply(self, write: StoreWrite) -> None:

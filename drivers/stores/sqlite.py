@@ -89,7 +89,7 @@ class SqliteStore:
         """Apply all writes, in order, in one transaction that is on disk when this returns.
 
         Raises:
-            StaleEpoch: a StateWrite or TurnRow of an older epoch than the agent's, or a
+            StaleEpoch: a StateWrite or TurnRow of another epoch than the agent's, or a
                 StateWrite of an agent that is not registered.
             StoreUnavailable: disk full, I/O error, locked by another program, closed, or a
                 value that no database can hold.
@@ -220,7 +220,7 @@ class SqliteStore:
         ).fetchone()
         if row is None and isinstance(write, StateWrite):
             raise StaleEpoch(write.agent, write.epoch, NO_OWNER)
-        if row is not None and write.epoch < row[0]:
+        if row is not None and write.epoch != row[0]:
             raise StaleEpoch(write.agent, write.epoch, row[0])
 
     def _roll_back(self) -> None:

@@ -29,7 +29,11 @@ class StartProcess(Action):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fence(Action):
-    """Write this epoch to the agents of a host before its new process serves them."""
+    """Write this epoch to the agents of a host before it serves them; answer with Fenced.
+
+    The store takes commits under exactly this epoch, so that the owner before is shut out
+    whether its epoch was lower (the process was restarted) or higher (the agents moved).
+    """
 
     host: str
     epoch: int

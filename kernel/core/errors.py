@@ -33,14 +33,22 @@ class DoesNotFit(KernelError):
     """The model needs more memory than any device has, now or ever."""
 
     def __init__(
-        self, agent: str, model: str, needed_bytes: int, device: str, capacity_bytes: int
+        self,
+        agent: str,
+        model: str,
+        needed_bytes: int,
+        device: str,
+        capacity_bytes: int,
+        pinned_bytes: int = 0,
     ) -> None:
         self.agent, self.model, self.device = agent, model, device
         self.needed_bytes, self.capacity_bytes = needed_bytes, capacity_bytes
+        self.pinned_bytes = pinned_bytes
+        pinned = f", of which pinned models hold {gib(pinned_bytes)}" if pinned_bytes else ""
         super().__init__(
             f"{agent} needs {gib(needed_bytes)} ({needed_bytes} bytes) for model {model!r}; the "
             f"largest device, {device or 'none'}, has {gib(capacity_bytes)} "
-            f"({capacity_bytes} bytes)",
+            f"({capacity_bytes} bytes){pinned}",
             remedy="Lower kv_tokens or the manifest's memory, choose a smaller model, or raise "
             "the device's memory in system.toml",
         )

@@ -50,6 +50,14 @@ class ProcessLost(Event):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fenced(Event):
+    """The store holds the epoch of these agents' host: it may serve them."""
+
+    host: str
+    agents: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SlotLoaded(Event):
     """A model is resident."""
 
@@ -104,6 +112,7 @@ AnyEvent: TypeAlias = (
     Booted
     | ProcessUp
     | ProcessLost
+    | Fenced
     | SlotLoaded
     | SlotFailed
     | SlotUnloaded

@@ -104,6 +104,22 @@ class Ledger:
             raise OverCapacity(device, owner, size_bytes, account.free_bytes)
         account.reservations[owner] = Reservation(owner, size_bytes)
 
+    def grow(self, device: str, owner: str, size_bytes: int) -> None:
+        """Raise a reservation to at least this size.
+
+        Raises:
+            OverCapacity: the difference is not free; nothing was changed.
+            UnknownReservation
+        """
+        account = self._account(device)
+        reservation = account.reservations.get(owner)
+        if reservation is None:
+            raise UnknownReservation(device, owner)
+        more = size_bytes - reservation.held_bytes
+        if more > account.free_bytes:
+            raise OverCapacity(device, owner, more, account.free_bytes)
+        reservation.reserved_bytes = max(reservation.reserved_bytes, size_bytes)
+
     def commit(self, device: str, owner: str, measured_bytes: int) -> int:
         """Record what it really takes; returns measured minus reserved.
 

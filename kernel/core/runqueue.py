@@ -88,6 +88,7 @@ class RunQueue:
             agent = ring.popleft()
             mailbox = self._mailboxes[agent]
             mailbox.listed = False
+            self._tidy(agent, mailbox)
             if mailbox.ready(self._concurrent.get(agent, 1)):
                 turn = mailbox.waiting.popleft()
                 self._waiting -= 1
@@ -114,10 +115,8 @@ class RunQueue:
             mailbox.readers -= 1
         else:
             mailbox.writing = False
-        if mailbox.waiting:
-            self._list(turn.agent, turn.tenant, mailbox)
-        elif not mailbox.readers and not mailbox.writing:
-            del self._mailboxes[turn.agent]
+        self._list(turn.agent, turn.tenant, mailbox)
+        self._tidy(turn.agent, mailbox)
 
     def withdraw(self, turn_id: str, agent: str) -> bool:
         """Take a waiting turn out, e.g. because its caller has gone. False: it is not waiting."""
@@ -128,11 +127,21 @@ class RunQueue:
             if turn.id == turn_id:
                 mailbox.waiting.remove(turn)
                 self._waiting -= 1
-                if mailbox.waiting:
-                    # What stood behind it may be able to run now.
-                    self._list(agent, turn.tenant, mailbox)
+                # What stood behind it may be able to run now.
+                self._list(agent, turn.tenant, mailbox)
+                self._tidy(agent, mailbox)
                 return True
         return False
+
+    def forget(self, agent: str) -> None:
+        """Drop an agent's own bounds: it is no longer in memory."""
+        self._limits.pop(agent, None)
+        self._concurrent.pop(agent, None)
+
+    def _tidy(self, agent: str, mailbox: _Mailbox) -> None:
+        """Drop a mailbox in which nothing waits or runs, once no ring names it."""
+        if not (mailbox.waiting or mailbox.readers or mailbox.writing or mailbox.listed):
+            self._mailboxes.pop(agent, None)
 
     def _list(self, agent: str, tenant: str, mailbox: _Mailbox) -> None:
         """Put an agent into its tenant's ring, if it has something that could run."""
@@ -152,7 +161,9 @@ class RunQueue:
         assert sorted(self._tenants) == sorted(self._rings), (self._tenants, self._rings)
         listed = [a for ring in self._rings.values() for a in ring]
         assert len(listed) == len(set(listed)), listed
+        assert set(listed) <= set(self._mailboxes), listed
         for agent, mailbox in self._mailboxes.items():
+            assert mailbox.waiting or mailbox.readers or mailbox.writing or mailbox.listed, agent
             running = [t for t in self.running.values() if t.agent == agent]
             assert mailbox.readers == sum(t.read_only for t in running), agent
             assert mailbox.writing == any(not t.read_only for t in running), agent

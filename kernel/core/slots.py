@@ -58,8 +58,10 @@ class Slot:
 
     name: str
     """The model's name in the system."""
-    size_bytes: int
-    """Predicted: weights, KV blocks and workspace."""
+    predicted_bytes: int
+    """Weights, KV blocks and workspace."""
+    asked: dict[str, int] = field(default_factory=dict)
+    """Bytes that manifests ask for, where that is more than predicted, by agent."""
     pinned: bool = False
     """Never unloaded to make room."""
     state: SlotState = SlotState.COLD
@@ -87,6 +89,11 @@ class Slot:
         self.state = to
 
     @property
+    def size_bytes(self) -> int:
+        """What is reserved for it when it is loaded."""
+        return max(self.predicted_bytes, *self.asked.values(), 0)
+
+    @property
     def idle(self) -> bool:
         """Ready, leased to nobody and not pinned: may be unloaded."""
         return self.state is SlotState.READY and not self.users and not self.pinned
@@ -95,7 +102,8 @@ class Slot:
         """State and fields agree."""
         on_device = self.state in (SlotState.LOADING, SlotState.READY, SlotState.DRAINING)
         assert (self.device is not None) == on_device, self
-        assert self.size_bytes >= 0, self
+        assert self.predicted_bytes >= 0, self
+        assert set(self.asked) <= self.users, self
         assert self.threads >= 1, self
         for (_, _, finish, _), (_, start, _, _) in zip(
             self.history, self.history[1:], strict=False

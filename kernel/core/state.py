@@ -22,7 +22,7 @@ from llmos.kernel.core.errors import (
     NoDevice,
     SlotUnavailable,
 )
-from llmos.kernel.core.ledger import Ledger
+from llmos.kernel.core.ledger import Ledger, OverCapacity
 from llmos.kernel.core.restarts import RestartPolicy, Restarts
 from llmos.kernel.core.slots import Slot, SlotState
 from llmos.kernel.core.types import (
@@ -151,8 +151,9 @@ class KernelCore:
         out: Actions = []
         if process.kind is ProcessKind.HOST:
             for entry in self.agents.values():
-                if entry.state is AgentState.UNREACHABLE and not entry.host:
-                    entry.host, entry.state = process.name, AgentState.READY
+                if entry.state is AgentState.UNREACHABLE:
+                    entry.host, entry.state = process.name, AgentState.MOVING
+            out += self._fence_moving(process, event)
             out.append(act.RoutesChanged(host=process.name, cause=event.cause))
         elif process.kind is ProcessKind.DEVICE:
             device = process.name.removeprefix("device:")
@@ -186,6 +187,8 @@ class KernelCore:
             process.state = ProcessState.GIVEN_UP
             if process.kind is ProcessKind.HOST:
                 out += self._move_agents(process, event)
+            if process.kind is ProcessKind.DEVICE:
+                out += self._bring_back(event)
             return out + self._advance(event)
         if delay == 0.0:
             out += self._start(process.name, process.kind, event)
@@ -210,23 +213,38 @@ class KernelCore:
     def _move_agents(self, process: Process, event: ev.Event) -> Actions:
         """A host is given up: its agents go to the others, or nowhere."""
         out: Actions = []
-        by_host: dict[str, list[str]] = {}
         for entry in self.agents.values():
-            if entry.host != process.name:
+            if entry.host != process.name or entry.state is AgentState.PENDING:
                 continue
             entry.host = self._least_loaded_host()
-            if entry.host:
-                by_host.setdefault(entry.host, []).append(entry.agent)
-            else:
-                entry.state = AgentState.UNREACHABLE
-        for host, names in sorted(by_host.items()):
-            epoch = self.processes[host].epoch
-            out.append(
-                act.Fence(host=host, epoch=epoch, agents=tuple(sorted(names)), cause=event.cause)
-            )
-            out.append(act.RoutesChanged(host=host, cause=event.cause))
+            entry.state = AgentState.MOVING if entry.host else AgentState.UNREACHABLE
+        for other in self.processes.values():
+            if other.kind is ProcessKind.HOST and other.state is not ProcessState.GIVEN_UP:
+                out += self._fence_moving(other, event)
         out.append(act.RoutesChanged(host=process.name, cause=event.cause))
         return out
+
+    def _fence_moving(self, process: Process, event: ev.Event) -> Actions:
+        """Fence the agents that are on their way to a host."""
+        moving = tuple(
+            sorted(
+                a.agent
+                for a in self.agents.values()
+                if a.host == process.name and a.state is AgentState.MOVING
+            )
+        )
+        if not moving:
+            return []
+        return [act.Fence(host=process.name, epoch=process.epoch, agents=moving, cause=event.cause)]
+
+    @_handle.register
+    def _fenced(self, event: ev.Fenced) -> Actions:
+        for agent in event.agents:
+            entry = self.agents.get(agent)
+            on_its_way = entry is not None and entry.state is AgentState.MOVING
+            if entry is not None and on_its_way and entry.host == event.host:
+                entry.state = AgentState.READY
+        return [act.RoutesChanged(host=event.host, cause=event.cause)]
 
     @_handle.register
     def _tick(self, event: ev.Tick) -> Actions:
@@ -290,7 +308,7 @@ class KernelCore:
         if slot.state in (SlotState.LOADING, SlotState.READY, SlotState.DRAINING):
             return []
         spec = self.models[slot.name]
-        names = [spec.device] if spec.device else list(self.devices)
+        names = self._usable_devices(spec)
         fitting = [n for n in names if self.ledger.free_bytes(n) >= slot.size_bytes]
         if fitting:
             device = max(fitting, key=self.ledger.free_bytes)
@@ -302,6 +320,15 @@ class KernelCore:
                 return [self._load(slot, device, event)]
             return []  # ProcessUp of the device loads it.
         return self._make_room(slot, names, event)
+
+    def _usable_devices(self, spec: ModelSpec) -> list[str]:
+        """Devices a model may be on, without those whose process was given up."""
+        return [
+            name
+            for name in ([spec.device] if spec.device else self.devices)
+            if name in self.devices
+            and self.processes[f"device:{name}"].state is not ProcessState.GIVEN_UP
+        ]
 
     def _make_room(self, slot: Slot, names: list[str], event: ev.Event) -> Actions:
         """Unload idle slots, longest unused first, on the device where fewest must go."""
@@ -368,14 +395,23 @@ class KernelCore:
             return [act.Refused(error=problem, cause=event.cause)]
         for name, asked in event.models:
             slot = self.slots[name]
-            if asked is not None and slot.device is None and asked > slot.size_bytes:
-                slot.size_bytes = asked
+            if asked is not None and slot.device is not None:
+                try:
+                    self.ledger.grow(slot.device, name, asked)
+                except OverCapacity as full:
+                    return [act.Refused(error=full, cause=event.cause)]
         self.agents[event.agent] = AgentEntry(event.agent, names)
         self.launches[event.cause] = Launch(event.cause, event.agent, names)
         out: Actions = []
-        for name in names:
+        for name, asked in event.models:
             slot = self.slots[name]
             slot.users.add(event.agent)
+            if asked is not None:
+                slot.asked[event.agent] = asked
+            if slot.state is SlotState.FAILED and not self._coming_back(slot):
+                # A new launch is a new try: what went wrong before may be mended.
+                slot.error = None
+                slot.move(SlotState.COLD, event.now, event.cause)
             out += self._make_resident(slot, event)
         return out + self._advance(event)
 
@@ -388,20 +424,32 @@ class KernelCore:
                 return UnknownModel(name, self.models, remedy=f"Add [models.{name}] to system.toml")
             needed = max(self.slots[name].size_bytes, asked or 0)
             spec = self.models[name]
-            if spec.device is not None:
-                if spec.device not in self.devices:
-                    return NoDevice(name, spec.device, self.devices)
-                device, capacity = spec.device, self.devices[spec.device].capacity_bytes
-            else:
-                device, capacity = self.ledger.largest_capacity()
-            if needed > capacity:
-                return DoesNotFit(event.agent, name, needed, device, capacity)
+            usable = self._usable_devices(spec)
+            if not usable:
+                return NoDevice(name, spec.device, self.devices)
+            # What is pinned never makes room.
+            pinned = {d: self._pinned_bytes(d, name) for d in usable}
+            device = max(usable, key=lambda d: self.devices[d].capacity_bytes - pinned[d])
+            capacity = self.devices[device].capacity_bytes
+            if needed > capacity - pinned[device]:
+                return DoesNotFit(event.agent, name, needed, device, capacity, pinned[device])
         return None
+
+    def _pinned_bytes(self, device: str, but: str) -> int:
+        """Bytes of a device that slots other than this one hold for good."""
+        return sum(
+            self.ledger.accounts[device].reservations[s.name].held_bytes
+            for s in self.slots.values()
+            if s.pinned and s.device == device and s.name != but
+        )
 
     @_handle.register
     def _launch_given_up(self, event: ev.LaunchGivenUp) -> Actions:
         launch = self.launches.pop(event.request, None)
-        return self._forget(launch.agent, event) if launch is not None else []
+        if launch is None:
+            return []
+        self._drop_user(launch.agent)
+        return self._advance(event)
 
     @_handle.register
     def _kill_asked(self, event: ev.KillAsked) -> Actions:
@@ -414,13 +462,8 @@ class KernelCore:
             error = UnknownAgent(event.agent)
             out.append(act.Refused(error=error, cause=launch.request))
         out.append(act.Killed(agent=event.agent, host=entry.host, cause=event.cause))
-        return out + self._forget(event.agent, event)
-
-    def _forget(self, agent: str, event: ev.Event) -> Actions:
-        entry = self.agents.pop(agent)
-        for name in entry.models:
-            self.slots[name].users.discard(agent)
-        return self._advance(event)
+        self._drop_user(event.agent)
+        return out + self._advance(event)
 
     def _advance(self, event: ev.Event) -> Actions:
         """Go on with the launches that wait, in order; finish those whose models are ready."""
@@ -432,7 +475,7 @@ class KernelCore:
                 del self.launches[launch.request]
                 error = failed.error or SlotUnavailable(failed.name, "unknown reason")
                 out.append(act.Refused(error=error, cause=launch.request))
-                out += self._drop_user(launch.agent)
+                self._drop_user(launch.agent)
                 continue
             if all(s.state is SlotState.READY for s in slots):
                 out += self._finish_launch(launch)
@@ -442,18 +485,18 @@ class KernelCore:
         return out
 
     def _coming_back(self, slot: Slot) -> bool:
-        """Whether a failed slot will be tried again: its device is being restarted."""
-        return any(
-            p.kind is ProcessKind.DEVICE
-            and p.state in (ProcessState.STARTING, ProcessState.WAITING)
-            for p in self.processes.values()
-        ) and isinstance(slot.error, SlotUnavailable)
+        """Whether a failed slot will be tried again: a device of it is being restarted."""
+        return isinstance(slot.error, SlotUnavailable) and any(
+            self.processes[f"device:{name}"].state in (ProcessState.STARTING, ProcessState.WAITING)
+            for name in self._usable_devices(self.models[slot.name])
+        )
 
-    def _drop_user(self, agent: str) -> Actions:
+    def _drop_user(self, agent: str) -> None:
+        """An agent is gone: its leases end."""
         entry = self.agents.pop(agent)
         for name in entry.models:
             self.slots[name].users.discard(agent)
-        return []
+            self.slots[name].asked.pop(agent, None)
 
     def _finish_launch(self, launch: Launch) -> Actions:
         host = self._least_loaded_host()
@@ -469,7 +512,8 @@ class KernelCore:
             error = HostUnavailable(
                 launch.agent, "; ".join(sorted(reasons)) or "none is configured"
             )
-            return [act.Refused(error=error, cause=launch.request), *self._drop_user(launch.agent)]
+            self._drop_user(launch.agent)
+            return [act.Refused(error=error, cause=launch.request)]
         del self.launches[launch.request]
         entry.state, entry.host = AgentState.READY, host
         epoch = self.processes[host].epoch
@@ -501,7 +545,7 @@ class KernelCore:
             raise UnknownAgent(agent, self.agents)
         if entry.state is AgentState.UNREACHABLE:
             raise HostUnavailable(agent, "its host crashed too often")
-        if entry.state is AgentState.PENDING:
+        if entry.state in (AgentState.PENDING, AgentState.MOVING):
             return None
         process = self.processes[entry.host]
         return (entry.host, process.epoch) if process.state is ProcessState.UP else None
@@ -528,7 +572,7 @@ class KernelCore:
                 assert user in self.agents, (slot.name, user)
                 assert slot.name in self.agents[user].models, (slot.name, user)
         for entry in self.agents.values():
-            if entry.state is AgentState.READY:
+            if entry.state in (AgentState.READY, AgentState.MOVING):
                 assert entry.host in self.processes, entry
                 assert self.processes[entry.host].state is not ProcessState.GIVEN_UP, entry
             for name in entry.models:

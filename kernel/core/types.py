@@ -33,6 +33,8 @@ class AgentState(enum.StrEnum):
     PENDING = "pending"
     """Waits for its models."""
     READY = "ready"
+    MOVING = "moving"
+    """Given to another host, which may not serve it before the store says so."""
     UNREACHABLE = "unreachable"
     """Its host was given up, and no other is there."""
 

@@ -87,6 +87,24 @@ def test_withdraw_lets_the_next_one_run() -> None:
     queue.validate()
 
 
+def test_a_message_withdrawn_while_it_is_listed_leaves_nothing_behind() -> None:
+    queue = RunQueue(running_limit=1)
+    queue.limit("t/p/a", mailbox=10, concurrent_turns=4)
+    queue.offer(turn(0, read_only=True))
+    queue.take()
+    queue.offer(turn(1, read_only=True))
+    assert queue.withdraw("1", "t/p/a")
+    queue.validate()
+    queue.done("0")
+    queue.validate()
+    assert queue.take() == []
+    queue.offer(turn(2))
+    assert [t.id for t in queue.take()] == ["2"]
+    queue.done("2")
+    queue.validate()
+    assert not queue._mailboxes
+
+
 @given(
     st.lists(
         st.one_of(

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from llmos.drivers.errors import EngineFailed, UnknownModel
 from llmos.kernel.core import actions as act
 from llmos.kernel.core import events as ev
-from llmos.kernel.core.errors import AlreadyLaunched, DoesNotFit, HostUnavailable
+from llmos.kernel.core.errors import AlreadyLaunched, DoesNotFit, HostUnavailable, NoDevice
 from llmos.kernel.core.slots import SlotState
 from llmos.kernel.core.state import Actions, KernelCore
 from llmos.kernel.core.types import DeviceSpec, ModelSpec, ProcessState
@@ -208,9 +208,58 @@ def test_restarts_slow_down_then_the_agents_move(core: KernelCore, feed: Feed) -
             incarnation = start.incarnation
             feed(ev.ProcessUp(now=now, cause="u", process="host:0", incarnation=incarnation))
     assert core.processes["host:0"].state is ProcessState.GIVEN_UP
+    # The other host started earlier, under a lower epoch: it serves once the store says so.
+    assert core.route("t/p/a") is None
+    (fence,) = of(out, act.Fence)
+    assert (fence.host, fence.agents) == ("host:1", ("t/p/a",))
+    feed(ev.Fenced(now=now, cause="f", host="host:1", agents=("t/p/a",)))
     route = core.route("t/p/a")
-    assert route is not None
-    assert route[0] == "host:1"
+    assert route == ("host:1", fence.epoch)
+
+
+def test_a_given_up_device_gets_no_more_models(core: KernelCore, feed: Feed) -> None:
+    boot(feed)
+    for n in range(4):
+        feed(
+            ev.ProcessLost(
+                now=1.0, cause="d", process="device:cpu:0", incarnation=n + 1, reason="boom"
+            )
+        )
+        feed(ev.Tick(now=50.0 if n else 1.0, cause="t"))
+    assert core.processes["device:cpu:0"].state is ProcessState.GIVEN_UP
+    (refused,) = of(launch(feed, now=60.0), act.Refused)
+    assert isinstance(refused.error, NoDevice)
+
+
+def test_a_failed_model_that_needs_room_is_tried_again_not_refused(
+    core: KernelCore, feed: Feed
+) -> None:
+    boot(feed)
+    launch(feed, "t/p/a", "other")
+    feed(ev.SlotFailed(now=2.0, cause="d", slot="other", error=EngineFailed("other", "x")))
+    launch(feed, "t/p/b", "chat", now=3.0)
+    loaded(feed, "chat", now=4.0)
+    feed(ev.KillAsked(now=5.0, cause="k", agent="t/p/b"))
+    out = launch(feed, "t/p/c", "other", now=6.0)
+    assert not of(out, act.Refused)
+    assert [a.slot for a in of(out, act.UnloadSlot)] == ["chat"]
+
+
+def test_what_a_manifest_asked_for_is_given_back_with_it(core: KernelCore, feed: Feed) -> None:
+    boot(feed)
+    feed(ev.LaunchAsked(now=1.0, cause="r", agent="t/p/a", models=(("chat", 75),)))
+    assert core.slots["chat"].size_bytes == 75
+    assert core.ledger.free_bytes("cpu:0") == 5
+    loaded(feed, "chat")
+    out = feed(ev.LaunchAsked(now=2.0, cause="r2", agent="t/p/b", models=(("chat", 79),)))
+    assert of(out, act.Launched)
+    assert core.ledger.free_bytes("cpu:0") == 1
+    out = feed(ev.LaunchAsked(now=2.0, cause="r3", agent="t/p/c", models=(("chat", 80),)))
+    assert of(out, act.Launched)
+    feed(ev.KillAsked(now=3.0, cause="k", agent="t/p/a"))
+    feed(ev.KillAsked(now=3.0, cause="k", agent="t/p/b"))
+    feed(ev.KillAsked(now=3.0, cause="k", agent="t/p/c"))
+    assert core.slots["chat"].size_bytes == 60
 
 
 def test_without_any_host_the_agent_is_said_to_be_unreachable(core: KernelCore, feed: Feed) -> None:
@@ -368,6 +417,11 @@ class Machine(RuleBasedStateMachine):
                     now=self.now, cause="p", process=name, incarnation=incarnation, reason="x"
                 )
             )
+
+    @rule(host=st.sampled_from(["host:0", "host:1"]))
+    def fenced(self, host: str) -> None:
+        agents = tuple(a.agent for a in self.core.agents.values() if a.host == host)
+        self._feed(ev.Fenced(now=self.now, cause="f", host=host, agents=agents))
 
     @rule(by=st.floats(0, 100))
     def time_passes(self, by: float) -> None:

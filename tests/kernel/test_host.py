@@ -89,7 +89,9 @@ class OneHost:
         self._machine = machine
 
     @answers
-    async def locate(self, agent: str, after_epoch: int, timeout_s: float) -> Location:
+    async def locate(
+        self, agent: str, not_at: tuple[str, int] | None, timeout_s: float
+    ) -> Location:
         return Location("host:0", self._machine.epoch, self._machine.host_handle)
 
 

@@ -50,13 +50,15 @@ class FakeKernel:
         self.moved = asyncio.Condition()
 
     @answers
-    async def locate(self, agent: str, after_epoch: int, timeout_s: float) -> Location:
+    async def locate(
+        self, agent: str, not_at: tuple[str, int] | None, timeout_s: float
+    ) -> Location:
         if agent != AGENT:
             raise UnknownAgent(agent, [AGENT])
         try:
             async with asyncio.timeout(timeout_s), self.moved:
                 await self.moved.wait_for(
-                    lambda: self.places and self.places[-1].epoch > after_epoch
+                    lambda: self.places and (self.places[-1].host, self.places[-1].epoch) != not_at
                 )
         except TimeoutError:
             raise DeadlineExceeded(f"finding {agent}", timeout_s) from None

@@ -103,6 +103,13 @@ class StoresSuite:
         for prefix in ("abc", "a", "", "_", "b", "abc11"):
             assert store.turn(prefix) is None
 
+    def test_another_epoch_commits_nothing_whether_lower_or_higher(self, store: Store) -> None:
+        store.commit([agent(epoch=3), StateWrite("t/p/1", 3, b"new")])
+        # Higher: an owner whose agents were moved to a host that was started before it.
+        with pytest.raises(StaleEpoch):
+            store.commit([StateWrite("t/p/1", 4, b"moved away")])
+        assert store.state("t/p/1") == b"new"
+
     def test_an_older_epoch_commits_nothing(self, store: Store) -> None:
         store.commit([agent(epoch=3), StateWrite("t/p/1", 3, b"new")])
         for late in (StateWrite("t/p/1", 2, b"old"), turn("t", epoch=2)):
