@@ -7,14 +7,16 @@ import concurrent.futures
 import os
 import sys
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
 import ray
+from pydantic import ValidationError
 
+from llmos.drivers.errors import LlmosError
 from llmos.drivers.protocols import SyscallRow, TurnRow
-from llmos.kernel.cluster import Cluster, RunFile
+from llmos.kernel.cluster import Cluster, RunFile, started_at
 from llmos.kernel.remote import Handle, ProcessGone, call
 from llmos.kernel.router import RETRY_S, Router
 from llmos.kernel.settings import Settings
@@ -33,6 +35,17 @@ LAUNCH_S = 120.0
 """Default wait of a launch: models may have to be loaded."""
 ASK_S = 120.0
 """Default deadline of a question."""
+CLEAN_UP_S = 30.0
+"""How long an interrupt waits for what it has cancelled to be cleaned up: a Ray that is just
+starting can only be stopped once it has started."""
+
+
+class InvalidLaunch(LlmosError):
+    """A launch that no agent could come of: a key, tenant or configuration of a wrong form."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        self.field, self.reason = field, reason
+        super().__init__(f"{field}: {reason}")
 
 
 class AsyncKernel:
@@ -84,7 +97,8 @@ class AsyncKernel:
             progress: Is told in words what is being waited for.
 
         Raises:
-            SystemFileError, ClusterError, DriverError, KernelError: nothing is left running.
+            SystemFileError, SettingsError, ClusterError, DriverError, KernelError: nothing is
+                left running, nor after a cancellation, which waits for that.
         """
         settings = settings or Settings()
         if system is None:
@@ -94,8 +108,12 @@ class AsyncKernel:
         else:
             config = SystemConfig.read(Path(system))
         tell = progress or (lambda text: None)
+        # Before Ray, which takes seconds to start.
+        settings.make_folders(config.system.name)
         tell("starting Ray")
-        cluster = await asyncio.to_thread(Cluster.start, settings, address)
+        cluster = await _start(settings, address)
+        handle: Handle | None = None
+        run: RunFile | None = None
         try:
             tell("starting the kernel's processes")
             handle = cluster.kernel(config, settings, detached=detached)
@@ -104,16 +122,22 @@ class AsyncKernel:
             )
             await call(handle.boot.remote(), "booting the kernel", BOOT_S)
             pid = 0 if detached and cluster.joined else os.getpid()
-            RunFile(
-                system=config.system.name, address=cluster.address, pid=pid, token=cluster.token
-            ).write(settings)
+            run = RunFile(
+                system=config.system.name,
+                address=cluster.address,
+                pid=pid,
+                started=(started_at(pid) or 0) if pid else 0,
+                token=cluster.token,
+            )
+            run.write(settings)
             if launch:
                 for agent in config.agents:
                     tell(f"launching {agent.program}")
                     await kernel._launch(agent, LAUNCH_S)
             await kernel._wait_for_corpora(tell)
         except BaseException:
-            await asyncio.to_thread(_stop, cluster, handle if "handle" in locals() else None)
+            path = RunFile.path(settings, run.system) if run is not None else None
+            await _to_the_end(asyncio.to_thread(_stop, cluster, handle, path))
             raise
         return kernel
 
@@ -161,11 +185,11 @@ class AsyncKernel:
         if target is None:
             run = RunFile.find(settings, system)
             target, system, token = run.address, run.system, run.token
-        cluster = await asyncio.to_thread(Cluster.start, settings, target, token)
+        cluster = await _start(settings, target, token)
         try:
             handle = cluster.find(system or "system")
         except BaseException:
-            await asyncio.to_thread(cluster.stop)
+            await _to_the_end(asyncio.to_thread(cluster.stop))
             raise
         return cls(cluster, handle, system or "system", settings, owner=False)
 
@@ -185,8 +209,8 @@ class AsyncKernel:
         try:
             await call(self._handle.shutdown.remote(grace_s), "shutdown", grace_s * 2 + 30.0)
         finally:
-            await asyncio.to_thread(_stop, self._cluster, self._handle)
-            RunFile.path(self._settings, self.system).unlink(missing_ok=True)
+            path = RunFile.path(self._settings, self.system)
+            await _to_the_end(asyncio.to_thread(_stop, self._cluster, self._handle, path))
 
     async def __aenter__(self) -> AsyncKernel:
         return self
@@ -233,15 +257,20 @@ class AsyncKernel:
             timeout_s: How long to wait for its models.
 
         Raises:
-            ProgramError, UnknownModel, UnknownResource, RuleSyntaxError, DoesNotFit,
+            InvalidLaunch, ProgramError, UnknownModel, UnknownResource, RuleSyntaxError, DoesNotFit,
             AlreadyLaunched, DeadlineExceeded.
         """
-        table = AgentTable(
-            program=program if isinstance(program, str) else program_path(program),
-            tenant=tenant,
-            key=key,
-            config=config or {},
-        )
+        try:
+            table = AgentTable(
+                program=program if isinstance(program, str) else program_path(program),
+                tenant=tenant,
+                key=key,
+                config=config if config is not None else {},
+            )
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise InvalidLaunch(field, first["msg"].removeprefix("Value error, ")) from None
         return await self._launch(table, timeout_s)
 
     async def _launch(self, table: AgentTable, timeout_s: float) -> str:
@@ -400,10 +429,21 @@ class Kernel:
     @classmethod
     def _make(cls, making: Coroutine[Any, Any, AsyncKernel]) -> Kernel:
         runner = _Runner()
+        made: list[AsyncKernel] = []
+
+        async def keep() -> AsyncKernel:
+            made.append(await making)
+            return made[0]
+
         try:
-            return cls(runner.run(making), runner)
+            return cls(runner.run(keep()), runner)
         except BaseException:
-            runner.close()
+            try:
+                # An interrupt may come when it is made already and nobody has it yet.
+                for kernel in made:
+                    runner.run(kernel.shutdown() if kernel._owner else kernel.close())
+            finally:
+                runner.close()
             raise
 
     def close(self) -> None:
@@ -505,7 +545,11 @@ class _Runner:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run to the end; an interrupt of the calling thread cancels it first."""
+        """Run to the end; an interrupt of the calling thread cancels it first.
+
+        The interrupt goes on when the cancelled work has cleaned up, or after ``CLEAN_UP_S``
+        seconds, or at a second interrupt.
+        """
         if self._loop.is_closed():
             work.close()
             raise RuntimeError("this kernel was closed")
@@ -514,8 +558,8 @@ class _Runner:
             return future.result()
         except KeyboardInterrupt:
             future.cancel()
-            # Give the cancellation time to reach the kernel before the caller tears it down.
-            concurrent.futures.wait([future], timeout=1.0)
+            # To return at once would let the caller stop the loop in the middle of it.
+            concurrent.futures.wait([future], timeout=CLEAN_UP_S)
             raise
 
     def close(self) -> None:
@@ -536,7 +580,46 @@ def program_path(program: type) -> str:
     return f"{module}:{program.__qualname__}"
 
 
-def _stop(cluster: Cluster, handle: Handle | None) -> None:
+async def _start(settings: Settings, address: str | None, token: Path | None = None) -> Cluster:
+    """Connect to Ray or start one; if cancelled meanwhile, stop it again."""
+    # A thread cannot be cancelled: it would go on and leave a Ray that nobody knows of.
+    starting = asyncio.ensure_future(asyncio.to_thread(Cluster.start, settings, address, token))
+    try:
+        return await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await _to_the_end(_undo(starting))
+        raise
+
+
+async def _undo(starting: Awaitable[Cluster]) -> None:
+    try:
+        cluster = await starting
+    except LlmosError:
+        return  # It did not start: nothing is to be stopped, and nobody waits to hear why.
+    await asyncio.to_thread(cluster.stop)
+
+
+async def _to_the_end(work: Awaitable[T]) -> T:
+    """Wait for work that must not be left half done, through any number of cancellations.
+
+    A cancellation that came meanwhile is raised when it is done.
+    """
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    result = task.result()
+    if cancelled is not None:
+        raise cancelled
+    return result
+
+
+def _stop(cluster: Cluster, handle: Handle | None, run: Path | None) -> None:
     if handle is not None and ray.is_initialized():
         ray.kill(handle, no_restart=True)
     cluster.stop()
+    if run is not None:
+        run.unlink(missing_ok=True)

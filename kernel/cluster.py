@@ -38,6 +38,9 @@ class RunFile(BaseModel):
     address: str
     pid: int
     """The process that ends with the kernel; 0 if it is detached in a cluster."""
+    started: int = 0
+    """When that process started, as :func:`started_at` tells it: numbers of processes come
+    again, and another process of that number must not be taken for the kernel."""
     token: Path | None = None
     """File with the token of a Ray that LLM OS started; None: Ray's own settings count."""
 
@@ -47,12 +50,24 @@ class RunFile(BaseModel):
         return settings.runs_dir / system / "kernel.json"
 
     def write(self, settings: Settings) -> None:
-        """Write it in one step."""
+        """Write it in one step.
+
+        Raises:
+            SettingsError, ClusterError: it cannot be written.
+        """
         path = self.path(settings, self.system)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        settings.make_folders(self.system)
         part = path.with_suffix(f".{os.getpid()}")
-        part.write_text(self.model_dump_json())
-        part.replace(path)
+        try:
+            part.write_text(self.model_dump_json())
+            part.replace(path)
+        except OSError as error:
+            raise ClusterError(f"The address of the kernel cannot be kept: {error}") from None
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process is still there; of a detached kernel only its cluster knows."""
+        return self.pid == 0 or started_at(self.pid) == self.started
 
     @classmethod
     def find(cls, settings: Settings, system: str | None) -> RunFile:
@@ -68,10 +83,12 @@ class RunFile(BaseModel):
                 file = cls.model_validate(json.loads(path.read_text()))
             except (OSError, ValueError):
                 continue
-            if file.pid == 0 or _alive(file.pid):
+            if file.alive:
                 found[file.system] = file
-            else:
-                path.unlink(missing_ok=True)  # Left by a process that was killed.
+                continue
+            # Left by a process that was killed. In a folder that we may only read it stays.
+            with contextlib.suppress(OSError):
+                path.unlink()
         if not found:
             name = f" of system {system!r}" if system else ""
             raise ClusterError(f"No kernel{name} is running", remedy="Start one: llmos up FILE")
@@ -83,14 +100,19 @@ class RunFile(BaseModel):
         return next(iter(found.values()))
 
 
-def _alive(pid: int) -> bool:
+def started_at(pid: int) -> int | None:
+    """When a process started, in clock ticks since the machine did; None: it has ended.
+
+    With the number of the process this names it for as long as the machine runs. A zombie has
+    ended: nobody may ever wait for it, as in a container whose first process does not.
+    """
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return None
+    # The name, in brackets, may hold spaces and brackets. After it come field 3 and the rest.
+    state, *rest = stat.rpartition(")")[2].split()
+    return None if state in ("Z", "X") else int(rest[18])
 
 
 class Token:
@@ -171,7 +193,8 @@ class Cluster:
         Inside a ``ray job submit`` job Ray sets ``RAY_ADDRESS``, so a job joins its cluster.
 
         Raises:
-            ClusterError: this process is connected already, or Ray does not answer.
+            ClusterError: this process is connected already, Ray does not answer, or its
+                files cannot be written.
         """
         if ray.is_initialized():
             raise ClusterError(
@@ -202,6 +225,7 @@ class Cluster:
                     **common,
                 )
             except BaseException:
+                ray.shutdown()  # What it had started until then.
                 shutil.rmtree(temp, ignore_errors=True)
                 raise
             return cls(temp, authentication)
@@ -213,6 +237,13 @@ class Cluster:
                 remedy="Check the address, or start one with: ray start --head"
                 if target
                 else "See the log in the temporary folder, and that no old Ray holds the ports",
+            ) from None
+        except OSError as error:
+            if authentication is not None:
+                authentication.forget()
+            raise ClusterError(
+                f"Ray cannot be started or joined: {error}",
+                remedy="LLMOS_HOME and TMPDIR must be folders that you can write",
             ) from None
 
     def kernel(self, system: SystemConfig, settings: Settings, *, detached: bool) -> Handle:

@@ -134,6 +134,7 @@ class ProgramLoader:
     def __init__(self, search: Path | None) -> None:
         self._search = search
         self._loading: dict[str, asyncio.Future[Program]] = {}
+        self._loaded: dict[str, Program] = {}
 
     async def load(self, program: str) -> Program:
         """Import ``module:Class``; the caller sets the deadline.
@@ -142,6 +143,9 @@ class ProgramLoader:
             ProgramError: see :func:`load_program`.
             Busy: too many imports have not come back.
         """
+        loaded = self._loaded.get(program)
+        if loaded is not None:
+            return loaded
         future = self._loading.get(program)
         if future is None:
             if len(self._loading) >= MAX_IMPORTS:
@@ -174,9 +178,10 @@ class ProgramLoader:
         self, program: str, future: asyncio.Future[Program], result: Program | LlmosError
     ) -> None:
         del self._loading[program]
-        if future.cancelled():
-            return
         if isinstance(result, LlmosError):
-            future.set_exception(result)
-        else:
+            if not future.cancelled():
+                future.set_exception(result)
+            return
+        self._loaded[program] = result
+        if not future.cancelled():
             future.set_result(result)

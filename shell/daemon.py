@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import signal
+import argparse
+import json
+import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from llmos.drivers.errors import LlmosError
 from llmos.kernel.client import Kernel
 from llmos.kernel.system import SystemConfig
-
-READY = "ready"
-"""The last line before it serves; the lines before say what is being waited for."""
+from llmos.shell import exits
 
 
 def _say(text: str) -> None:
@@ -21,31 +23,102 @@ def _say(text: str) -> None:
     sys.stdout.flush()
 
 
-def serve(system: SystemConfig, address: str | None = None) -> int:
-    """Boot, wait for SIGTERM or SIGINT, shut down. Returns the exit code."""
+def serve(
+    system: SystemConfig,
+    address: str | None = None,
+    *,
+    progress: Callable[[str], None] = _say,
+    ready: Callable[[], None] = lambda: _say("ready"),
+) -> int:
+    """Boot, wait for SIGTERM or SIGINT, shut down. Returns the exit code.
+
+    Args:
+        system: What to boot.
+        address: A Ray cluster to boot in; None starts a Ray.
+        progress: Is told what is being waited for.
+        ready: Is called once when the kernel serves.
+
+    Raises:
+        LlmosError: it could not boot; nothing is left running.
+        KeyboardInterrupt: a signal came before it served; nothing is left running. A second
+            signal does not wait for that.
+    """
     stop = threading.Event()
+    serving = False
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        if not serving:
+            exits.interrupt(number, frame)
         stop.set()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
-    try:
-        kernel = Kernel.boot(system, address=address, detached=True, progress=_say)
-    except LlmosError as error:
-        sys.stderr.write(f"error: {error} [{error.code}]\n")
-        return 1
-    _say(READY)
-    stop.wait()
-    kernel.shutdown()
+    with exits.signals(on_signal):
+        kernel = Kernel.boot(system, address=address, detached=True, progress=progress)
+        serving = True
+        ready()
+        stop.wait()
+        kernel.shutdown()
     return 0
 
 
-def main() -> int:
-    """``python -m llmos.shell.daemon FILE [NAME=PATH …]``."""
-    overrides = dict(pair.split("=", 1) for pair in sys.argv[2:])
-    system = SystemConfig.read(Path(sys.argv[1]))
-    return serve(system.with_data({name: Path(path) for name, path in overrides.items()}))
+class Report:
+    """What a background process tells the ``llmos up`` that started it: JSON lines in a pipe.
+
+    Not its output, which libraries and an earlier process write to as well.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        # It came through an exec; what is started from here must not hold it open.
+        os.set_inheritable(descriptor, False)
+        self._pipe = os.fdopen(descriptor, "w", encoding="utf-8", buffering=1)
+
+    def send(self, **facts: Any) -> None:
+        """``progress``, ``ready`` or ``error`` with ``exit``."""
+        try:
+            self._pipe.write(json.dumps(facts) + "\n")
+        except BrokenPipeError:
+            pass  # Whoever started us is gone; the kernel is wanted all the same.
+
+    def close(self) -> None:
+        """The last word has been said. Idempotent."""
+        try:
+            self._pipe.close()
+        except BrokenPipeError:
+            pass  # Closing writes what an earlier line left behind.
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """``python -m llmos.shell.daemon --report FD --lock FD FILE [NAME=PATH …]``."""
+    parser = argparse.ArgumentParser(prog="llmos.shell.daemon")
+    parser.add_argument("--report", type=int, required=True, help="a pipe: see Report")
+    parser.add_argument("--lock", type=int, required=True, help="held until it serves")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("data", nargs="*")
+    given = parser.parse_args(arguments)
+    os.set_inheritable(given.lock, False)
+    report = Report(given.report)
+
+    def progress(text: str) -> None:
+        _say(text)
+        report.send(progress=text)
+
+    def ready() -> None:
+        _say("ready")
+        os.close(given.lock)
+        report.send(ready=True)
+        report.close()
+
+    try:
+        paths = dict(pair.split("=", 1) for pair in given.data)
+        system = SystemConfig.read(given.file).with_data({n: Path(p) for n, p in paths.items()})
+        return serve(system, progress=progress, ready=ready)
+    except LlmosError as error:
+        text, code = f"{error} [{error.code}]", exits.code_of(error)
+    except KeyboardInterrupt as interrupt:
+        text, code = exits.of_interrupt(interrupt)
+    sys.stderr.write(f"error: {text}\n")
+    report.send(error=text, exit=code)
+    report.close()
+    return code
 
 
 if __name__ == "__main__":

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,7 +20,7 @@ from llmos.drivers.errors import LlmosError
 from llmos.kernel import record
 from llmos.kernel.settings import Settings
 from llmos.kernel.system import SystemConfig
-from llmos.shell import exits, models, render
+from llmos.shell import exits, models, render, starting
 from llmos.syscalls.messages import Wire
 
 if TYPE_CHECKING:
@@ -51,8 +50,6 @@ Data = Annotated[
     typer.Option("--data", metavar="NAME=PATH", help="Read a corpus or graph from elsewhere."),
 ]
 
-UP_S = 180.0
-"""Longest wait of ``up`` without any progress."""
 DOWN_S = 60.0
 """Longest wait of ``down`` before it uses force."""
 
@@ -100,59 +97,33 @@ def up(
 
         settings = Settings()
         name = system.system.name
-        try:
-            running = RunFile.find(settings, name)
-        except ClusterError:
-            pass
-        else:
-            exits.fail(f"system {name!r} runs already at {running.address}; llmos down stops it")
-        if address or settings.ray_address:
-            from llmos.kernel.client import Kernel
+        with starting.lock(settings, name) as held:
+            try:
+                running = RunFile.find(settings, name)
+            except ClusterError:
+                pass
+            else:
+                exits.fail(
+                    f"system {name!r} runs already at {running.address}; llmos down stops it"
+                )
+            if address or settings.ray_address:
+                from llmos.kernel.client import Kernel
 
-            with Kernel.boot(system, address=address, detached=True) as kernel:
-                render.console().print(render.agents(kernel.ps()))
-            return
-        if foreground:
-            from llmos.shell import daemon
+                with (
+                    exits.signals(),
+                    Kernel.boot(system, address=address, detached=True) as kernel,
+                ):
+                    render.console().print(render.agents(kernel.ps()))
+                return
+            if foreground:
+                from llmos.shell import daemon
 
-            raise typer.Exit(daemon.serve(system))
-        _start_daemon(file, data, name, settings)
+                raise typer.Exit(daemon.serve(system))
+            with render.console().status(f"Booting {name} …") as shown:
+                starting.start(
+                    file, data, settings.run_dir(name), held, lambda text: shown.update(text)
+                )
     _print_ps(name)
-
-
-def _start_daemon(file: Path, data: list[str], name: str, settings: Settings) -> None:
-    """Start the background process and wait until it serves."""
-    run = settings.runs_dir / name
-    (run / "logs").mkdir(parents=True, exist_ok=True)
-    out = run / "logs" / "daemon.out"
-    with out.open("wb") as sink:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "llmos.shell.daemon", str(file), *data],
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    console = render.console()
-    try:
-        with console.status(f"Booting {name} …") as shown:
-            last, changed = "", time.monotonic()
-            while (text := out.read_text(errors="replace").strip()).split("\n")[-1] != "ready":
-                code = process.poll()
-                if code is not None:
-                    error = text.partition("error: ")[2]
-                    exits.fail(error or text or f"the kernel ended with {code}")
-                if text != last:
-                    last, changed = text, time.monotonic()
-                    shown.update(f"Booting {name}: {text.split(chr(10))[-1]} …")
-                elif time.monotonic() - changed > UP_S:
-                    process.terminate()
-                    exits.fail(f"nothing has happened for {UP_S:.0f} s; see {out}", exits.DEADLINE)
-                time.sleep(0.1)
-    except KeyboardInterrupt:
-        process.terminate()
-        process.wait(DOWN_S)
-        raise
 
 
 def _print_ps(name: str) -> None:
@@ -178,28 +149,18 @@ def down(system: System = None, address: Address = None) -> None:
         if run.pid == 0:
             Kernel.connect(run.system).shutdown()
         else:
-            os.kill(run.pid, signal.SIGTERM)
+            # It may end by itself between any look and the signal.
+            with suppress(ProcessLookupError):
+                os.kill(run.pid, signal.SIGTERM)
             until = time.monotonic() + DOWN_S
-            while _alive(run.pid):
+            while run.alive:
                 if time.monotonic() > until:
-                    os.kill(run.pid, signal.SIGKILL)
+                    with suppress(ProcessLookupError):
+                        os.kill(run.pid, signal.SIGKILL)
                     exits.fail(f"process {run.pid} did not end in {DOWN_S:.0f} s and was killed")
                 time.sleep(0.05)
         RunFile.path(settings, run.system).unlink(missing_ok=True)
         typer.echo(f"{run.system} is down")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # A zombie of ours or of a container's init has ended, too.
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
 
 
 @app.command()
@@ -222,7 +183,7 @@ def run(
     """
     from llmos.shell.session import Asked, ask_all, read_questions
 
-    with exits.errors(as_json=as_json):
+    with exits.errors(as_json=as_json), exits.signals():
         system = _read(file, data)
         asked = read_questions(questions) if questions else []
         for pair in ask:
@@ -484,7 +445,9 @@ def logs(
 
     if level.upper() not in LEVELS:
         raise typer.BadParameter(f"one of {', '.join(LEVELS)}", param_hint="--level")
-    folders = sorted(Settings().runs_dir.glob(f"{system or '*'}/logs"))
+    with exits.errors():
+        runs = Settings().runs_dir
+    folders = sorted(runs.glob(f"{system or '*'}/logs"))
     if not folders:
         exits.fail("no logs yet" + (f" of system {system!r}" if system else ""), exits.NOT_FOUND)
     if len(folders) > 1:
@@ -514,6 +477,11 @@ def main() -> None:
     except LlmosError as error:
         sys.stderr.write(f"error: {error} [{error.code}]\n")
         sys.exit(exits.code_of(error))
+    except KeyboardInterrupt as interrupt:
+        # Before or after a command's own handling.
+        text, code = exits.of_interrupt(interrupt)
+        sys.stderr.write(f"error: {text}\n")
+        sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ from llmos.drivers.errors import LlmosError, UnknownModel
 from llmos.drivers.models.catalogue import CATALOGUE, CatalogueEntry
 from llmos.drivers.models.store import ModelStore
 from llmos.drivers.protocols import ModelFiles
-from llmos.kernel.settings import Settings
+from llmos.kernel.settings import Settings, SettingsError
 
 EXIT_FAILED = 1
+EXIT_USAGE = 2
 EXIT_NOT_FOUND = 3
 BYTE_STAGES = ("fetch", "hash", "verify")
 
@@ -204,6 +205,8 @@ def _errors() -> Iterator[None]:
 
 
 def _exit_code(error: LlmosError) -> int:
+    if isinstance(error, SettingsError):
+        return EXIT_USAGE
     return EXIT_NOT_FOUND if isinstance(error, UnknownModel) else EXIT_FAILED
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from datetime import UTC, datetime
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from llmos import Agent, Context, Limits, Manifest, Message, on
+from llmos import Agent, Context, Limits, LlmosError, Manifest, Message, on
 from llmos.syscalls.generate import Generate
 from llmos.syscalls.rules import Fact
 
@@ -156,3 +158,62 @@ class Stillborn(Desk):
     def __init__(self, state: BaseModel, config: BaseModel) -> None:
         super().__init__(state, config)
         raise LookupError("no desk left")
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    at: datetime | None = None
+    pairs: dict[str, tuple[int, int]] = Field(default_factory=dict)
+
+
+class Keeper(Agent):
+    """Its state is strict: a date is a date, a pair is a tuple."""
+
+    State: ClassVar[type[BaseModel]] = Strict
+    state: Strict
+
+    @on(Do)
+    async def do(self, message: Do, os: Context) -> Said:
+        if message.what == "keep":
+            self.state.at = datetime(2026, 1, 2, tzinfo=UTC)
+            self.state.pairs["a"] = (1, 2)
+        return Said(text=f"{self.state.at} {self.state.pairs}")
+
+
+STUCK = threading.Event()
+"""Holds up the import of modules that wait for it."""
+
+LATE: list[BaseException] = []
+"""What syscalls after the end of their turn have raised."""
+
+
+class Unruly(Agent):
+    """Does what a turn must survive."""
+
+    manifest = Manifest(capabilities=("random", "state:*"), limits=Limits(turn_deadline_s=0.2))
+
+    @on(Do)
+    async def do(self, message: Do, os: Context) -> Said:
+        if message.what == "ignore cancellation":
+            while True:
+                try:
+                    await gate("unruly").wait()
+                    break
+                except asyncio.CancelledError:
+                    continue
+        if message.what == "leave a task":
+            _LEFT.append(asyncio.create_task(self._late(os)))
+        if message.what.startswith("read "):
+            await os.read_state(message.what.removeprefix("read "))
+        return Said(text="done")
+
+    async def _late(self, os: Context) -> None:
+        await gate("late").wait()
+        try:
+            await os.random()
+        except LlmosError as error:
+            LATE.append(error)
+
+
+_LEFT: list[asyncio.Task[None]] = []

@@ -20,7 +20,7 @@ from llmos.kernel.host import HostServer
 from llmos.kernel.journal import JournalServer
 from llmos.kernel.knowledge import KnowledgeServer
 from llmos.kernel.manifest import Manifest
-from llmos.kernel.program import ProgramError
+from llmos.kernel.program import MAX_IMPORTS, ProgramError
 from llmos.kernel.remote import answers
 from llmos.kernel.router import Location
 from llmos.kernel.system import SystemConfig
@@ -38,6 +38,7 @@ from llmos.syscalls.errors import (
 )
 from llmos.syscalls.labels import Labels
 from llmos.syscalls.messages import Envelope, Message, Reply, Wire
+from tests.kernel import programs
 from tests.kernel.local import LocalHandle, until
 from tests.kernel.programs import (
     GATES,
@@ -551,3 +552,69 @@ async def test_a_host_tells_how_it_stands(machine: Machine) -> None:
     assert (told["active"], told["running"], told["waiting"]) == (1, 0, 0)
     assert await machine.host_handle.ping.remote()
     assert (await machine.host_handle.metrics.remote()).process == "host:0"
+
+
+# ------------------------------------------------------------------ unruly programs
+
+UNRULY = "acme/unruly/main"
+MODULE = "tests.kernel.programs"
+
+
+async def test_a_handler_that_ignores_its_cancellation_does_not_keep_its_agent(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmos.kernel.host.STOP_S", 0.05)
+    await machine.register(UNRULY, f"{MODULE}:Unruly")
+    with pytest.raises(DeadlineExceeded):
+        await machine.ask(UNRULY, Do(what="ignore cancellation"))
+    assert await machine.ask(UNRULY, Do(what="x")) == Said(text="done")
+
+
+async def test_a_task_that_outlives_its_turn_makes_no_syscalls(machine: Machine) -> None:
+    await machine.register(UNRULY, f"{MODULE}:Unruly")
+    reply = await machine.deliver(UNRULY, Do(what="leave a task"))
+    programs.LATE.clear()
+    programs.gate("late").set()
+    await until(lambda: programs.LATE)
+    assert isinstance(programs.LATE[0], Cancelled)
+    found = await machine.journal.turn(reply.turn)
+    assert isinstance(found, tuple)
+    assert found[1] == []
+
+
+async def test_the_state_of_another_tenants_agent_is_not_there(machine: Machine) -> None:
+    await machine.register(UNRULY, f"{MODULE}:Unruly")
+    await machine.register("bank/keeper/main", f"{MODULE}:Keeper")
+    with pytest.raises(UnknownAgent):
+        await machine.ask(UNRULY, Do(what="read bank/keeper/main"))
+    await machine.register("acme/keeper/main", f"{MODULE}:Keeper")
+    assert await machine.ask(UNRULY, Do(what="read acme/keeper/main")) == Said(text="done")
+
+
+async def test_a_strict_state_comes_back_as_it_was(machine: Machine) -> None:
+    keeper = "acme/keeper/main"
+    await machine.register(keeper, f"{MODULE}:Keeper")
+    before = await machine.ask(keeper, Do(what="keep"))
+    await machine.host.drop(keeper, "a test")
+    assert await machine.ask(keeper, Do(what="look")) == before
+    assert "2026-01-02" in before.text
+
+
+async def test_imports_that_never_come_back_hold_up_nobody(
+    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    await machine.ask(DESK, Say(text="already here"))
+    for n in range(MAX_IMPORTS):
+        (tmp_path / f"stuck_{n}.py").write_text(
+            "import tests.kernel.programs as p\np.STUCK.wait(30)\nclass P: pass\n"
+        )
+    stuck = [
+        asyncio.create_task(machine.host.inspect(f"stuck_{n}:P", "acme", {}))
+        for n in range(MAX_IMPORTS)
+    ]
+    await asyncio.sleep(0.05)
+    assert isinstance(await machine.host.inspect("another:P", "acme", {}), Busy)
+    assert await machine.ask(DESK, Say(text="hello")) == Said(text="hello")
+    programs.STUCK.set()
+    assert all(isinstance(e, ProgramError) for e in await asyncio.gather(*stuck))
