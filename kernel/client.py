@@ -392,6 +392,10 @@ class Kernel:
         """Name of the system."""
         return self.aio.system
 
+    def start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Run a coroutine that uses :attr:`aio`, beside others; cancel it by its future."""
+        return self._runner.start(work)
+
     @classmethod
     def boot(
         cls,
@@ -550,10 +554,7 @@ class _Runner:
         The interrupt goes on when the cancelled work has cleaned up, or after ``CLEAN_UP_S``
         seconds, or at a second interrupt.
         """
-        if self._loop.is_closed():
-            work.close()
-            raise RuntimeError("this kernel was closed")
-        future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self.start(work)
         try:
             return future.result()
         except KeyboardInterrupt:
@@ -561,6 +562,13 @@ class _Runner:
             # To return at once would let the caller stop the loop in the middle of it.
             concurrent.futures.wait([future], timeout=CLEAN_UP_S)
             raise
+
+    def start(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Run in the loop's thread; cancelling the future cancels the work."""
+        if self._loop.is_closed():
+            work.close()
+            raise RuntimeError("this kernel was closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def close(self) -> None:
         """Stop the loop. Idempotent."""

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -73,17 +74,15 @@ class Report:
 
     def send(self, **facts: Any) -> None:
         """``progress``, ``ready`` or ``error`` with ``exit``."""
-        try:
+        # If whoever started us is gone, the kernel is wanted all the same.
+        with suppress(BrokenPipeError):
             self._pipe.write(json.dumps(facts) + "\n")
-        except BrokenPipeError:
-            pass  # Whoever started us is gone; the kernel is wanted all the same.
 
     def close(self) -> None:
         """The last word has been said. Idempotent."""
-        try:
+        # Closing writes what an earlier line left behind.
+        with suppress(BrokenPipeError):
             self._pipe.close()
-        except BrokenPipeError:
-            pass  # Closing writes what an earlier line left behind.
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -107,4 +107,5 @@ def signals(handler: Callable[[int, FrameType | None], Any] = interrupt) -> Iter
         yield
     finally:
         for number, old in before.items():
-            signal.signal(number, old)
+            # None: a handler that was not set from Python, and cannot be set back from here.
+            signal.signal(number, signal.SIG_DFL if old is None else old)

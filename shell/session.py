@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import tomllib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,10 +79,10 @@ class Result:
     note: str = ""
 
     @classmethod
-    def of(cls, kernel: Kernel, agent: str, text: str, reply: Reply, note: str = "") -> Result:
+    def of(cls, kernel: Kernel, agent: str, text: str, reply: Reply) -> Result:
         """With the record of its turn."""
         recorded = kernel.turn(reply.turn) if reply.turn else None
-        return cls(agent, text, reply, reply.error, recorded[1] if recorded else (), note)
+        return cls(agent, text, reply, reply.error, recorded[1] if recorded else ())
 
     def panel(self, number: int | None) -> Panel:
         """For the terminal."""
@@ -123,22 +123,25 @@ class Result:
 
 def ask_all(kernel: Kernel, questions: Sequence[Asked], deadline_s: float) -> Iterator[Result]:
     """Ask side by side; results come in the order of the questions."""
+    places = asyncio.Semaphore(MAX_SIDE_BY_SIDE)
 
-    def one(asked: Asked) -> Result:
+    async def one(asked: Asked) -> Result:
+        aio = kernel.aio
         try:
-            wire = Wire.of(Question(text=asked.text, data=asked.data))
-            reply = kernel.ask_reply(asked.agent, wire, deadline_s=deadline_s)
+            async with places:
+                wire = Wire.of(Question(text=asked.text, data=asked.data))
+                reply = await aio.ask_reply(asked.agent, wire, deadline_s=deadline_s)
+            recorded = await aio.turn(reply.turn) if reply.turn else None
         except LlmosError as error:
             return Result(asked.agent, asked.text, None, error, note=asked.note)
-        return Result.of(kernel, reply.agent, asked.text, reply, asked.note)
+        syscalls = recorded[1] if recorded else ()
+        return Result(reply.agent, asked.text, reply, reply.error, syscalls, asked.note)
 
-    # Threads only wait here; the work is on the client's loop.
-    with ThreadPoolExecutor(min(MAX_SIDE_BY_SIDE, max(1, len(questions)))) as pool:
-        futures = [pool.submit(one, asked) for asked in questions]
-        try:
-            for future in futures:
-                yield future.result()
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
+    # On the client's loop and not in threads: an interrupt can cancel them all at once.
+    futures = [kernel.start(one(asked)) for asked in questions]
+    try:
+        for future in futures:
+            yield future.result()
+    finally:
+        for future in futures:
+            future.cancel()

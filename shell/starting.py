@@ -104,7 +104,8 @@ def _wait(
             exits.fail(f"nothing has happened for {SILENCE_S:.0f} s; see {out}", exits.DEADLINE)
         chunk = os.read(pipe, 65536)
         if not chunk:
-            code = process.wait(END_S)
+            _last_word(process)
+            code = process.returncode
             text = out.read_text(errors="replace")[-TAIL_CHARS:].strip()
             exits.fail(text or f"the kernel ended with {code}")
         *lines, rest = (rest + chunk).split(b"\n")
@@ -113,8 +114,17 @@ def _wait(
             if "ready" in told:
                 return
             if "error" in told:
+                _last_word(process)
                 exits.fail(told["error"], told["exit"])
             progress(f"{told['progress']} …")
+
+
+def _last_word(process: subprocess.Popen[bytes]) -> None:
+    """Wait for a process that has said its last word, and has only to exit."""
+    try:
+        process.wait(END_S)
+    except subprocess.TimeoutExpired:
+        end(process)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

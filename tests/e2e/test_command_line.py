@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -121,3 +122,28 @@ def test_ctrl_c_in_the_middle_leaves_nothing_behind(environment: dict[str, str])
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert gone(environment["LLMOS_TEST_MARK"]) == []
+
+
+def test_ctrl_c_during_boot_leaves_nothing_behind(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
+    # Sockets of Ray stand in it, and their paths must be short.
+    with tempfile.TemporaryDirectory(prefix="t", dir="/tmp") as temp:
+        process = subprocess.Popen(
+            [*LLMOS, "run", str(EXAMPLE / "system.toml"), "--ask", "clinic/medical/main=Why?"],
+            env={**environment, "TMPDIR": temp},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        time.sleep(3.0)
+        assert process.poll() is None
+        os.kill(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
+        assert "interrupted" in errors
+        assert "Traceback" not in errors
+        assert gone(environment["LLMOS_TEST_MARK"]) == []
+        assert list(Path(temp).glob("llmos-*")) == []
+    assert list((tmp_path / "home").rglob("kernel.json")) == []

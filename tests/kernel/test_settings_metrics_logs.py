@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import pickle
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from prometheus_client import parser
 from pydantic import ValidationError
 
 from llmos.kernel import logs, metrics
-from llmos.kernel.settings import Settings
+from llmos.kernel.settings import Settings, SettingsError
 
 
 @pytest.fixture(autouse=True)
@@ -60,8 +62,38 @@ def test_settings_are_frozen_checked_and_travel(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValidationError):
         made.home = Path("/y")  # type: ignore[misc]
     monkeypatch.setenv("LLMOS_LOG_LEVEL", "LOUD")
-    with pytest.raises(ValidationError):
+    with pytest.raises(SettingsError) as caught:
         Settings()
+    assert caught.value.setting == "LLMOS_LOG_LEVEL"
+    assert "'DEBUG'" in caught.value.reason
+    assert pickle.loads(pickle.dumps(caught.value)).facts == caught.value.facts
+    with pytest.raises(SettingsError) as caught:
+        Settings(log_level="LOUD")
+    assert caught.value.setting == "log_level"
+
+
+def test_the_folders_of_a_system_are_for_their_owner_alone(tmp_path: Path) -> None:
+    made = Settings(home=tmp_path / "share" / "llmos")
+    before = os.umask(0)
+    try:
+        run = made.make_folders("demo")
+    finally:
+        os.umask(before)
+    assert run == made.run_dir("demo") == made.home / "runs" / "demo"
+    for folder in (made.home, made.home / "cache", made.runs_dir, run, run / "logs"):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    # What somebody has opened on purpose stays open.
+    made.home.chmod(0o755)
+    made.make_folders("demo")
+    assert stat.S_IMODE(made.home.stat().st_mode) == 0o755
+
+
+def test_a_home_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError) as caught:
+        Settings(home=tmp_path / "file" / "home").make_folders("demo")
+    assert caught.value.setting == "LLMOS_HOME"
+    assert str(tmp_path) in caught.value.reason
 
 
 # ------------------------------------------------------------------ metrics

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,10 @@ from llmos.drivers.errors import EngineBusy, EngineFailed, LlmosError, UnknownMo
 from llmos.drivers.protocols import AgentRow, AgentWrite
 from llmos.drivers.registry import driver
 from llmos.kernel import record
+from llmos.kernel.client import InvalidLaunch
+from llmos.kernel.cluster import started_at
 from llmos.kernel.core.errors import AlreadyLaunched, DoesNotFit
+from llmos.kernel.settings import SettingsError
 from llmos.kernel.system import SystemFileError
 from llmos.shell import exits
 from llmos.shell.main import app
@@ -91,11 +96,43 @@ def test_a_kernel_that_was_killed_is_no_kernel(home: Path) -> None:
     assert not file.exists()
 
 
+def running_here(system: str) -> dict[str, object]:
+    """What kernel.json holds when this process is the kernel's."""
+    return {
+        "system": system,
+        "address": "x",
+        "pid": os.getpid(),
+        "started": started_at(os.getpid()),
+    }
+
+
+def test_a_number_that_came_again_is_no_kernel_and_is_not_killed(home: Path) -> None:
+    file = home / "runs" / "demo" / "kernel.json"
+    file.parent.mkdir(parents=True)
+    with subprocess.Popen(["sleep", "60"]) as stranger:
+        started = started_at(stranger.pid)
+        assert started is not None
+        left = {"system": "demo", "address": "x", "pid": stranger.pid}
+        for told in ({**left, "started": started - 1}, left):
+            file.write_text(json.dumps(told))
+            result = run("down")
+            assert result.exit_code == exits.NOT_FOUND, result.output
+            assert not file.exists()
+            assert stranger.poll() is None
+        # The process itself, on the other hand, is told to end.
+        file.write_text(json.dumps({**left, "started": started}))
+        result = run("down")
+        assert result.exit_code == 0, result.output
+        assert result.stdout == "demo is down\n"
+        assert stranger.wait(10) == -signal.SIGTERM
+        assert not file.exists()
+
+
 def test_of_several_kernels_one_must_be_named(home: Path) -> None:
     for name in ("one", "two"):
         file = home / "runs" / name / "kernel.json"
         file.parent.mkdir(parents=True)
-        file.write_text(json.dumps({"system": name, "address": "x", "pid": os.getpid()}))
+        file.write_text(json.dumps(running_here(name)))
     result = run("ps")
     assert result.exit_code == exits.FAILED
     assert "one, two" in result.stderr
@@ -171,6 +208,38 @@ def test_the_version_and_the_help() -> None:
         assert command in run("--help").stdout
 
 
+# ------------------------------------------------------------------ settings and folders
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("ps",), ("up", "FILE"), ("run", "FILE"), ("down",), ("logs",), ("models", "list")],
+    ids=" ".join,
+)
+def test_a_wrong_setting_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    file = tmp_path / "system.toml"
+    file.write_text(GOOD)
+    monkeypatch.setenv("LLMOS_LOG_LEVEL", "foo")
+    result = run(*(str(file) if a == "FILE" else a for a in arguments))
+    assert result.exit_code == exits.USAGE, result.output
+    assert result.stderr.startswith("error: LLMOS_LOG_LEVEL: ")
+
+
+@pytest.mark.parametrize("command", [("up",), ("up", "--foreground"), ("run", "--ask", "a=b")])
+def test_a_home_that_cannot_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...]
+) -> None:
+    file = tmp_path / "system.toml"
+    file.write_text("")
+    # A file, since the superuser can write into every folder.
+    monkeypatch.setenv("LLMOS_HOME", str(file / "home"))
+    result = run(command[0], str(file), *command[1:])
+    assert result.exit_code == exits.USAGE, result.output
+    assert result.stderr.startswith("error: LLMOS_HOME: ")
+
+
 # ------------------------------------------------------------------ exit codes
 
 
@@ -178,6 +247,8 @@ def test_the_version_and_the_help() -> None:
     ("error", "code"),
     [
         (SystemFileError("f", "r"), 2),
+        (SettingsError("LLMOS_HOME", "r"), 2),
+        (InvalidLaunch("key", "r"), 2),
         (UnknownAgent("a"), 3),
         (UnknownModel("m", []), 3),
         (UnknownResource("corpus", "c", []), 3),
@@ -211,6 +282,15 @@ def test_an_interrupt_has_its_exit_code() -> None:
     with pytest.raises(typer.Exit) as caught, exits.errors():
         raise KeyboardInterrupt
     assert caught.value.exit_code == exits.INTERRUPTED
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_interrupts_and_has_its_exit_code(number: int, code: int) -> None:
+    before = signal.getsignal(number)
+    with pytest.raises(typer.Exit) as caught, exits.errors(), exits.signals():
+        signal.raise_signal(number)
+    assert caught.value.exit_code == code
+    assert signal.getsignal(number) is before
 
 
 # ------------------------------------------------------------------ the record of a kernel that is down
