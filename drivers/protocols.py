@@ -12,7 +12,7 @@ import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -632,6 +632,3 @@ class Store(Protocol):
     def close(self) -> None:
         """Flush and release. Idempotent."""
         ...
-
-
-DriverOptions: TypeAlias = Mapping[str, Any]

@@ -71,6 +71,7 @@ class Slot:
     users: set[str] = field(default_factory=set)
     """Agents launched with it: its leases."""
     last_used: float = 0.0
+    """When it was loaded, or when the last of its agents went: what was left longest goes first."""
     measured_bytes: int | None = None
     error: LlmosError | None = None
     history: list[tuple[float, SlotState, SlotState, str]] = field(default_factory=list)

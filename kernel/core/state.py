@@ -448,7 +448,7 @@ class KernelCore:
         launch = self.launches.pop(event.request, None)
         if launch is None:
             return []
-        self._drop_user(launch.agent)
+        self._drop_user(launch.agent, event)
         return self._advance(event)
 
     @_handle.register
@@ -462,7 +462,7 @@ class KernelCore:
             error = UnknownAgent(event.agent)
             out.append(act.Refused(error=error, cause=launch.request))
         out.append(act.Killed(agent=event.agent, host=entry.host, cause=event.cause))
-        self._drop_user(event.agent)
+        self._drop_user(event.agent, event)
         return out + self._advance(event)
 
     def _advance(self, event: ev.Event) -> Actions:
@@ -475,10 +475,10 @@ class KernelCore:
                 del self.launches[launch.request]
                 error = failed.error or SlotUnavailable(failed.name, "unknown reason")
                 out.append(act.Refused(error=error, cause=launch.request))
-                self._drop_user(launch.agent)
+                self._drop_user(launch.agent, event)
                 continue
             if all(s.state is SlotState.READY for s in slots):
-                out += self._finish_launch(launch)
+                out += self._finish_launch(launch, event)
                 continue
             for slot in slots:
                 out += self._make_resident(slot, event)
@@ -491,14 +491,15 @@ class KernelCore:
             for name in self._usable_devices(self.models[slot.name])
         )
 
-    def _drop_user(self, agent: str) -> None:
+    def _drop_user(self, agent: str, event: ev.Event) -> None:
         """An agent is gone: its leases end."""
         entry = self.agents.pop(agent)
         for name in entry.models:
             self.slots[name].users.discard(agent)
+            self.slots[name].last_used = event.now
             self.slots[name].asked.pop(agent, None)
 
-    def _finish_launch(self, launch: Launch) -> Actions:
+    def _finish_launch(self, launch: Launch, event: ev.Event) -> Actions:
         host = self._least_loaded_host()
         entry = self.agents[launch.agent]
         if not host:
@@ -512,7 +513,7 @@ class KernelCore:
             error = HostUnavailable(
                 launch.agent, "; ".join(sorted(reasons)) or "none is configured"
             )
-            self._drop_user(launch.agent)
+            self._drop_user(launch.agent, event)
             return [act.Refused(error=error, cause=launch.request)]
         del self.launches[launch.request]
         entry.state, entry.host = AgentState.READY, host
@@ -549,10 +550,6 @@ class KernelCore:
             return None
         process = self.processes[entry.host]
         return (entry.host, process.epoch) if process.state is ProcessState.UP else None
-
-    def touch(self, slot: str, now: float) -> None:
-        """A slot was used."""
-        self.slots[slot].last_used = now
 
     def _current(self, name: str, incarnation: int) -> Process | None:
         """The process, unless the news is about an incarnation that is history."""

@@ -439,3 +439,14 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_model_counts_as_used_until_its_last_agent_goes(core: KernelCore, feed: Feed) -> None:
+    boot(feed, capacity=150)
+    for agent, model, at in (("t/p/a", "chat", 1.0), ("t/p/b", "other", 2.0)):
+        launch(feed, agent, model, now=at)
+        loaded(feed, model, now=at)
+    feed(ev.KillAsked(now=3.0, cause="k", agent="t/p/b"))
+    feed(ev.KillAsked(now=4.0, cause="k", agent="t/p/a"))
+    # Loaded first, but used last.
+    assert core.slots["chat"].last_used > core.slots["other"].last_used
