@@ -35,8 +35,14 @@ The tree::
         │   ├── RuleLimitExceeded
         │   └── RuleFailed          an action of a rule went wrong
         ├── DocumentError
+        ├── ToolError
+        │   ├── ToolRefused         the target said no, nothing was done
+        │   ├── ToolUnavailable     the target was not reached, nothing was done
+        │   └── ToolUncertain       it may or may not have been done
         └── StoreError
             ├── StaleEpoch          another owner has taken over
+            ├── MailboxFull         so many messages wait for the receiver
+            ├── AlreadyHandled      the message of this turn does not wait any more
             └── StoreUnavailable
 
 Each error keeps its facts as attributes and ends its message with a remedy.
@@ -372,6 +378,26 @@ class DocumentError(DriverError):
         super().__init__(f"{path}: {reason}", remedy=remedy)
 
 
+class ToolError(DriverError):
+    """A tool did not do what was asked, or may not have."""
+
+    def __init__(self, tool: str, reason: str, *, remedy: str = "") -> None:
+        self.tool, self.reason = tool, reason
+        super().__init__(f"Tool {tool!r}: {reason}", remedy=remedy)
+
+
+class ToolRefused(ToolError):
+    """The target said no. Nothing was done, and the same call will be refused again."""
+
+
+class ToolUnavailable(ToolError):
+    """The target was not reached. Nothing was done; it may be tried again."""
+
+
+class ToolUncertain(ToolError):
+    """The call left, and no answer came: it may or may not have been carried out."""
+
+
 class StoreError(DriverError):
     """Something about the durable store."""
 
@@ -382,6 +408,22 @@ class StaleEpoch(StoreError):
     def __init__(self, agent: str, epoch: int, current: int) -> None:
         self.agent, self.epoch, self.current = agent, epoch, current
         super().__init__(f"Agent {agent} is owned by epoch {current}; epoch {epoch} may not commit")
+
+
+class MailboxFull(StoreError):
+    """A message finds no room; nothing of this part was kept."""
+
+    def __init__(self, agent: str, waiting: int) -> None:
+        self.agent, self.waiting = agent, waiting
+        super().__init__(f"The mailbox of {agent} has {waiting} messages waiting")
+
+
+class AlreadyHandled(StoreError):
+    """The message that a turn wants to acknowledge does not wait; nothing of it was kept."""
+
+    def __init__(self, agent: str, message: str) -> None:
+        self.agent, self.message = agent, message
+        super().__init__(f"The message {message} to {agent} was handled or given up already")
 
 
 class StoreUnavailable(StoreError):

@@ -8,14 +8,16 @@ torch, so that a caller need not load it.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+
+from llmos.drivers.errors import StoreError
+from llmos.drivers.stores import rows
 
 Vectors: TypeAlias = npt.NDArray[np.float32]
 """A matrix of shape (n, dimension)."""
@@ -152,6 +154,15 @@ class GenerationJob:
     Special tokens inside the text are never interpreted."""
     params: SamplingParams = SamplingParams()
     tenant: str = ""
+    prefix: str = ""
+    """What the answer is made to begin with; only what follows it is delivered. It is text
+    like any other, so nothing in it is a special token. Its tokens count against the
+    context, not against ``max_new_tokens``. A stop string may begin in it, but not end in it.
+
+    A stream that broke off goes on by handing over the text of its chunks so far, with
+    ``max_new_tokens`` less by the ``tokens`` of those without ``finish``. A chunk ends where
+    a token ends, so the model reads the tokens it wrote (unless it wrote words in others
+    than its tokenizer would, or special tokens under ``ignore_eos``)."""
 
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
@@ -164,14 +175,15 @@ class GenerationChunk:
 
     job_id: str
     text: str = ""
-    """Text since the previous chunk; whole characters only, never part of a stop string."""
+    """Text since the previous chunk; whole tokens only and so whole characters, never part
+    of a stop string, and not ending in blanks if more may follow."""
     tokens: int = 0
-    """Tokens since the previous chunk."""
+    """Tokens of that text; on the last chunk all that were not told before."""
     finish: FinishReason | None = None
     error: Exception | None = None
     """Set when ``finish`` is ``error``; an EngineError."""
     prompt_tokens: int = 0
-    """On the last chunk: tokens of the prompt."""
+    """On the last chunk: tokens of the prompt and the prefix."""
     new_tokens: int = 0
     """On the last chunk: tokens generated in all."""
     queued_s: float = 0.0
@@ -502,131 +514,182 @@ class RuleBase(Protocol):
         ...
 
 
-# ---------------------------------------------------------------- stores
-
-
-class TurnStatus(enum.StrEnum):
-    """How a turn stands."""
-
-    RUNNING = "running"
-    DONE = "done"
-    FAILED = "failed"
+# ---------------------------------------------------------------- tools
 
 
 @dataclass(frozen=True, slots=True)
-class AgentRow:
-    """A registered agent."""
+class ToolOutcome:
+    """What a tool's target said."""
 
-    agent: str
-    """``tenant/program/key``."""
-    program: str
-    """``module:Class``."""
-    config: bytes
-    """msgpack of the program's configuration."""
-    epoch: int
-    """Owner's epoch; commits under any other are refused."""
-    created_at: float
+    output: Any
+    """Plain JSON data."""
+    reference: str = ""
+    """How the target calls what it did: a booking number, a message id."""
 
 
-@dataclass(frozen=True, slots=True)
-class SyscallRow:
-    """A syscall of a turn."""
+class Tool(Protocol):
+    """Something outside: a function, an HTTP service, a mail server. Thread-safe.
 
-    turn: str
-    seq: int
-    name: str
-    resource: str
-    started_s: float
-    """Seconds since the turn began."""
-    elapsed_s: float
-    status: Literal["ok", "error", "denied", "cancelled"]
-    request: bytes
-    """msgpack, shortened where long."""
-    result: bytes
-    """msgpack of the response or of the error, shortened where long."""
-    provenance: bytes
-    """msgpack list."""
-    labels: bytes
-    """msgpack."""
+    Its calls have effects that the kernel cannot take back. ``idem_key`` is the same for
+    every attempt at one call.
+    """
 
+    @property
+    def name(self) -> str:
+        """What capabilities and errors call it."""
+        ...
 
-@dataclass(frozen=True, slots=True)
-class TurnRow:
-    """A turn, with its state once it has ended."""
+    @property
+    def idempotent(self) -> bool:
+        """Whether the target, given one ``idem_key`` twice, acts once."""
+        ...
 
-    turn: str
-    agent: str
-    epoch: int
-    kind: str
-    """Kind of the message."""
-    message: bytes
-    cause: str
-    """Id of the message; for a message sent by an agent: ``turn/seq`` of the syscall."""
-    started_at: float
-    elapsed_s: float
-    status: TurnStatus
-    reply: bytes
-    error: str
-    """``Code: message``, or empty."""
+    @property
+    def queryable(self) -> bool:
+        """Whether :meth:`lookup` can tell if a call was carried out."""
+        ...
 
-
-@dataclass(frozen=True, slots=True)
-class StateWrite:
-    """The new state of an agent, kept only if ``epoch`` still owns it."""
-
-    agent: str
-    epoch: int
-    state: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class AgentWrite:
-    """Register an agent or replace its row."""
-
-    row: AgentRow
-
-
-@dataclass(frozen=True, slots=True)
-class AgentDelete:
-    """Forget an agent and its state; its turns stay for the record."""
-
-    agent: str
-
-
-StoreWrite: TypeAlias = AgentWrite | AgentDelete | TurnRow | SyscallRow | StateWrite
-
-
-class Store(Protocol):
-    """Durable rows. One process writes; ``commit`` is all or nothing and survives power loss."""
-
-    def commit(self, writes: Sequence[StoreWrite]) -> None:
-        """Apply all writes in one durable transaction. Rows with the same key are replaced.
+    async def call(self, arguments: Mapping[str, Any], idem_key: str) -> ToolOutcome:
+        """Do it.
 
         Raises:
-            StaleEpoch: a StateWrite or TurnRow of another epoch than the agent's.
-            StoreUnavailable: disk full, I/O error, locked by another process, closed.
-            In both cases nothing of ``writes`` was kept.
+            ToolRefused: the target said no; nothing was done, and asking again is useless.
+            ToolUnavailable: it was not reached; nothing was done.
+            ToolUncertain: it may or may not have been done.
         """
         ...
 
-    def agents(self) -> list[AgentRow]:
-        """All agents, ordered by id."""
+    async def lookup(self, idem_key: str) -> ToolOutcome | None:
+        """The outcome of an earlier call; None: it was never carried out.
+
+        Raises:
+            ToolUnavailable: the target cannot be asked now, or ever.
+        """
         ...
 
-    def agent(self, agent: str) -> AgentRow | None:
-        """One agent."""
+    async def close(self) -> None:
+        """Release connections. Idempotent."""
         ...
 
-    def state(self, agent: str) -> bytes | None:
-        """Last committed state."""
+
+# ---------------------------------------------------------------- stores
+
+
+class Store(Protocol):
+    """Durable rows: see :mod:`llmos.drivers.stores.rows`. Thread-safe; one process writes.
+
+    Reads see what was committed last, and never wait for a commit under way.
+    Every method raises StoreUnavailable when the store cannot be used.
+    """
+
+    def commit(self, parts: Sequence[rows.Part]) -> list[StoreError | None]:
+        """Make parts durable, in order, in one transaction that survives power loss.
+
+        Each part is kept as a whole or not at all; the result has one entry for each, None
+        or why it was refused: StaleEpoch, MailboxFull, AlreadyHandled. A part is checked
+        against what the parts before it have done, and a refused one changes nothing.
+
+        Raises:
+            StoreUnavailable: disk full, I/O error, locked by another process, closed, no
+                connection, or a value that no database can hold. Nothing of any part was
+                kept, except that a connection lost during the commit may leave it unknown:
+                the same parts may then come again.
+        """
         ...
 
-    def turns(self, *, agent: str | None = None, limit: int = 50) -> list[TurnRow]:
-        """Newest turns first."""
+    def launches(self) -> list[rows.LaunchRow]:
+        """All launches, ordered by name."""
         ...
 
-    def turn(self, turn: str) -> tuple[TurnRow, list[SyscallRow]] | None:
-        """A turn and its syscalls by seq. A unique prefix of the id will do."""
+    def launch_of(self, agent: str) -> rows.LaunchRow | None:
+        """The launch of that very name, else the one of any key of its program."""
+        ...
+
+    def shards(self) -> dict[int, int]:
+        """Shard to the epoch that owns it; shards that nobody has taken are left out."""
+        ...
+
+    def agent(self, agent: str) -> rows.AgentRow | None:
+        """One agent's row; None: it never had a turn, or was dropped."""
+        ...
+
+    def chain_end(self, agent: str) -> rows.AgentRow | None:
+        """One agent's row, also if it was dropped: its chain and the numbers of what it sends
+        go on where they were."""
+        ...
+
+    def agents(
+        self, *, after: str = "", limit: int = 1000, held: bool = False
+    ) -> list[rows.AgentRow]:
+        """Rows ordered by name, after one; with ``held`` only those that are held."""
+        ...
+
+    def count_agents(self) -> int:
+        """How many agents have a row."""
+        ...
+
+    def mail(self, *, after: int = 0, limit: int = 1000) -> list[rows.MailRow]:
+        """What waits, in the order of arrival, after one."""
+        ...
+
+    def waiting(self, receiver: str) -> list[rows.MailRow]:
+        """What waits for one agent, in the order of arrival."""
+        ...
+
+    def dead(self, *, limit: int = 100) -> list[rows.DeadLetter]:
+        """Dead letters, newest first."""
+        ...
+
+    def timers(self, *, before: float, limit: int = 1000) -> list[rows.TimerRow]:
+        """Timers due before a time, the earliest first."""
+        ...
+
+    def timers_of(self, agent: str) -> list[rows.TimerRow]:
+        """An agent's timers by name."""
+        ...
+
+    def subscribers(self, topic: str) -> list[str]:
+        """Agents that want a topic, ordered by name."""
+        ...
+
+    def monitors(self, watched: str) -> list[rows.MonitorRow]:
+        """Who watches an agent, ordered by name."""
+        ...
+
+    def turns(
+        self, *, agent: str | None = None, limit: int = 50, before: float | None = None
+    ) -> list[rows.JournalRow]:
+        """Ends of turns (``kind`` is ``turn``), those that began last first."""
+        ...
+
+    def turn(self, turn: str) -> list[rows.JournalRow]:
+        """All rows of a turn by pos, ended or not. A unique prefix of the id will do."""
+        ...
+
+    def turns_rows(self, turns: Sequence[str]) -> dict[str, list[rows.JournalRow]]:
+        """The rows of several turns by pos; turns without rows are left out."""
+        ...
+
+    def handled(self, agent: str, idem_key: str) -> rows.JournalRow | None:
+        """The end of the turn in which the agent handled the message ``stream#seq``."""
+        ...
+
+    def chain(self, agent: str, *, after: int = 0, limit: int = 1000) -> list[rows.JournalRow]:
+        """An agent's journal by pos."""
+        ...
+
+    def blob(self, sha256: str) -> bytes | None:
+        """A blob's bytes."""
+        ...
+
+    def backup(self, target: Path) -> int:
+        """Write a consistent copy of everything while commits go on; returns its bytes.
+
+        The target appears whole or not at all.
+
+        Raises:
+            StoreUnavailable: it exists already, or cannot be written.
+        """
         ...
 
     def close(self) -> None:

@@ -35,12 +35,20 @@ TABLE: dict[tuple[str, str], Entry] = {
     ),
     ("rules", "memory"): Entry("llmos.drivers.rules.memory:MemoryRuleBase"),
     ("store", "memory"): Entry("llmos.drivers.stores.memory:MemoryStore"),
+    ("store", "postgres"): Entry(
+        "llmos.drivers.stores.postgres:PostgresStore", "pip install 'llmos[postgres]'"
+    ),
     ("store", "sqlite"): Entry("llmos.drivers.stores.sqlite:SqliteStore"),
+    ("tool", "http"): Entry("llmos.drivers.tools.http:HttpTool"),
+    ("tool", "memory"): Entry("llmos.drivers.tools.memory:MemoryTool"),
+    ("tool", "python"): Entry("llmos.drivers.tools.python_tool:PythonTool"),
+    ("tool", "smtp"): Entry("llmos.drivers.tools.smtp:SmtpTool"),
     ("vector", "faiss"): Entry("llmos.drivers.vectors.faiss_index:FaissIndex"),
     ("vector", "memory"): Entry("llmos.drivers.vectors.memory:MemoryIndex"),
 }
 """(kind, name) → where it is. Constructors: device(index, budget_bytes, threads);
-engine(EngineOptions); graph(name); rules(name, source); store(path); vector(dimension)."""
+engine(EngineOptions); graph(name); rules(name, source); store(path); tool(name, options);
+vector(dimension)."""
 
 
 def names(kind: str) -> tuple[str, ...]:

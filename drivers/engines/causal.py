@@ -70,12 +70,12 @@ class _Running:
     ) -> None:
         self.key, self.job, self.prompt_ids, self.eos = key, job, prompt_ids, eos
         self.detokenizer, self.deliver = detokenizer, deliver
-        self.stops = StopFilter(job.params.stop)
+        self.stops = StopFilter(job.params.stop, job.prefix)
         self.submitted = time.perf_counter()
         self.started = 0.0
         self.new_tokens = 0
         self.untold = 0
-        """Tokens since the last chunk."""
+        """Tokens whose text is in no chunk yet."""
         self.cancelled = False
 
 
@@ -137,7 +137,7 @@ class TransformersCausalEngine:
         with self._wake:
             # Before tokenizing: a full engine must refuse cheaply.
             self._check_room(job)
-        prompt_ids = self._encode_within_limits(job)
+        prompt_ids, prefix_ids = self._encode_within_limits(job)
         eos = [] if job.params.ignore_eos else self._eos
         with self._wake:
             self._check_alive()
@@ -147,9 +147,9 @@ class TransformersCausalEngine:
                 # Not the job's id: that may come again while an old cancel is on its way.
                 str(self._serial),
                 job,
-                prompt_ids,
+                prompt_ids + prefix_ids,
                 eos,
-                Detokenizer(self._encoder.backend),
+                Detokenizer(self._encoder.backend, prefix_ids),
                 deliver,
             )
             self._inside[job.id] = running
@@ -208,19 +208,24 @@ class TransformersCausalEngine:
                 self._outcomes.retry_after_s(time.perf_counter()),
             )
 
-    def _encode_within_limits(self, job: GenerationJob) -> list[int]:
+    def _encode_within_limits(self, job: GenerationJob) -> tuple[list[int], list[int]]:
+        """Token ids of the prompt and of the prefix."""
         new = job.params.max_new_tokens
         limits = ((self._context, "context"), (self._kv_tokens, "KV budget"))
         limit, name = min(limits)
         texts = [job.prompt] if isinstance(job.prompt, str) else [t.content for t in job.prompt]
         # A megabyte of text is refused by its length, before the tokenizer spends a second on it.
-        least = sum(map(len, texts)) // self._encoder.longest_token
-        ids = [0] * least if least + new > limit else self._encoder.encode(job.prompt)
-        if not ids:
-            raise InvalidParams("prompt", job.prompt, "it has no tokens")
-        if len(ids) + new > limit:
-            raise PromptTooLong(self._options.model, len(ids), new, limit, name)
-        return ids
+        tokens = sum(map(len, [*texts, job.prefix])) // self._encoder.longest_token
+        prompt: list[int] = []
+        prefix: list[int] = []
+        if tokens + new <= limit:
+            prompt, prefix = self._encoder.encode(job.prompt), self._encoder.encode_text(job.prefix)
+            tokens = len(prompt) + len(prefix)
+            if not tokens:
+                raise InvalidParams("prompt", job.prompt, "it has no tokens")
+        if tokens + new > limit:
+            raise PromptTooLong(self._options.model, tokens, new, limit, name)
+        return prompt, prefix
 
     # ------------------------------------------------------------ generation thread
 
@@ -290,7 +295,8 @@ class TransformersCausalEngine:
             elif new.ended:
                 self._end(running, "length", text)
             elif text:
-                tokens, running.untold = running.untold, 0
+                held = running.stops.held_pieces
+                tokens, running.untold = running.untold - held, held
                 self._tell(running, GenerationChunk(running.job.id, text, tokens))
 
     def _end(

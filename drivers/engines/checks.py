@@ -10,7 +10,7 @@ from llmos.drivers.protocols import ChatTurn, GenerationJob, SamplingParams
 MAX_STOPS = 16
 """Stop strings of one job."""
 MAX_STOP_CHARS = 256
-"""Characters of one stop string; this much text can be held back at most."""
+"""Characters of one stop string; this much text and one token can be held back at most."""
 
 
 def _whole(field: str, value: object, least: int) -> None:
@@ -89,3 +89,4 @@ def check_job(job: GenerationJob) -> None:
         raise InvalidParams("id", job.id, "a job needs an id")
     check_params(job.params)
     check_prompt(job.prompt)
+    check_text("prefix", job.prefix)

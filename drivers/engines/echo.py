@@ -2,6 +2,7 @@
 
 Threads, streaming, cancelling, stop strings, bounds and KV accounting are real, so
 whatever works with it works with a model. A word with the blanks before it is a token.
+A prefix that its answer begins with is left out; after any other the answer comes whole.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class _Echo:
         self, job: GenerationJob, prompt_tokens: int, deliver: Callable[[GenerationChunk], None]
     ) -> None:
         self.job, self.prompt_tokens, self.deliver = job, prompt_tokens, deliver
-        self.stops = StopFilter(job.params.stop)
+        self.stops = StopFilter(job.params.stop, job.prefix)
         self.submitted = time.perf_counter()
         self.started = 0.0
         self.new_tokens = 0
@@ -57,6 +58,11 @@ class _Echo:
         if not isinstance(said, str):
             said = next((t.content for t in reversed(said) if t.role == "user"), "")
         self.answer = _tokens(said.strip())
+        self.said = 0
+        """Tokens of the answer that the prefix holds, and those generated."""
+        self.rest = ""
+        """What the prefix leaves of a token that it cuts."""
+        self._skip(job.prefix)
 
     @property
     def kv_tokens(self) -> int:
@@ -64,12 +70,30 @@ class _Echo:
 
     def next_token(self) -> str | None:
         """The next word; None at the end. With ``ignore_eos`` the words come round again."""
-        if self.new_tokens < len(self.answer):
-            return self.answer[self.new_tokens]
+        token = self.rest or self._token(self.said)
+        self.said += not self.rest
+        self.rest = ""
+        return token
+
+    def _token(self, index: int) -> str | None:
+        if index < len(self.answer):
+            return self.answer[index]
         if not self.job.params.ignore_eos:
             return None
         words = self.answer or ["."]
-        return " " + words[self.new_tokens % len(words)].lstrip()
+        return " " + words[index % len(words)].lstrip()
+
+    def _skip(self, prefix: str) -> None:
+        """Begin after ``prefix``, if the answer begins with it."""
+        at = said = 0
+        while at < len(prefix):
+            token = self._token(said)
+            if token is None or not token.startswith(prefix[at : at + len(token)]):
+                return
+            at, said = at + len(token), said + 1
+            if at > len(prefix):
+                self.rest = token[len(prefix) - at :]
+        self.said = said
 
 
 class EchoEngine:
@@ -106,7 +130,8 @@ class EchoEngine:
     def submit(self, job: GenerationJob, deliver: Callable[[GenerationChunk], None]) -> None:
         """Queue a job; see the protocol for what it raises."""
         check_job(job)
-        tokens, new = self.count_tokens(job.prompt), job.params.max_new_tokens
+        tokens = self.count_tokens(job.prompt) + len(_tokens(job.prefix))
+        new = job.params.max_new_tokens
         limit, name = min((CONTEXT_TOKENS, "context"), (self._options.kv_tokens, "KV budget"))
         if tokens + new > limit:
             raise PromptTooLong(self._options.model, tokens, new, limit, name)
@@ -214,7 +239,8 @@ class EchoEngine:
         elif echo.new_tokens >= echo.job.params.max_new_tokens:
             self._end(echo, "length", text + echo.stops.flush())
         elif text:
-            tokens, echo.untold = echo.untold, 0
+            held = echo.stops.held_pieces
+            tokens, echo.untold = echo.untold - held, held
             self._tell(echo, GenerationChunk(echo.job.id, text, tokens))
 
     def _end(

@@ -74,6 +74,13 @@ class PromptEncoder:
                 start += 1
         return ids + self._plain_ids(text[start:])
 
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of text that goes on after a prompt or is an answer's beginning.
+
+        By itself and not with the prompt: what a model writes begins with a new token.
+        """
+        return self._plain_ids(text)
+
     def _render(self, turns: tuple[ChatTurn, ...]) -> tuple[str, list[tuple[int, int]]]:
         """The rendered prompt and where the turns' own texts are in it."""
         from jinja2 import TemplateError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,34 +14,77 @@ class StopFilter:
 
     The first to be *complete* counts, and the text ends before it. (The first to
     *begin* would depend on how the text was cut into tokens.)
+
+    What was let out may be handed to a model as the beginning of its answer, and should
+    then become the tokens that it wrote. So, but for the end of the answer, a piece (the
+    text of tokens) is let out whole or held back whole; and blanks wait for what follows
+    them, because tokenizers cut them by it: before a word, two line feeds are two tokens.
     """
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    MAX_BLANKS = 256
+    """Characters after which blanks wait no longer: a model may write nothing else."""
+
+    def __init__(self, stops: Sequence[str], before: str = "") -> None:
+        """``before``: text that was let out already, in which a stop string may begin."""
         self._stops = tuple(stops)
-        self._held = ""
         self.stopped = False
+        self.held_pieces = 0
+        """Pieces pushed whose text is held back; those without text go with the next."""
+        longest = max(map(len, self._stops), default=1)
+        self._text = before[len(before) - min(len(before), longest - 1) :]
+        """All in which a stop string may have begun: first what is out, then what is held."""
+        self._out = len(self._text)
+        self._ends: deque[tuple[int, int]] = deque()
+        """Of each held piece: where in the text it ends, and it and those without text before."""
+        self._empty = 0
 
     def push(self, text: str) -> str:
-        """Add text; returns what can be let out. After ``stopped`` nothing more comes."""
-        if not self._stops or self.stopped:
-            return "" if self.stopped else text
-        held = self._held + text
-        found = [(at + len(s), at) for s in self._stops if (at := held.find(s)) >= 0]
+        """Add a piece; returns what can be let out. After ``stopped`` nothing more comes."""
+        if self.stopped:
+            return ""
+        self.held_pieces += 1
+        if not text:
+            self._empty += 1
+            return ""
+        new = len(self._text)
+        whole = self._text + text
+        found = [
+            (at + len(s), at)
+            for s in self._stops
+            if (at := whole.find(s, max(0, new - len(s) + 1))) >= 0
+        ]
         if found:
-            self.stopped, self._held = True, ""
-            return held[: min(found)[1]]
-        keep = max(self._tail(held, s) for s in self._stops)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep]
+            self.stopped = True
+            return self._let_out(whole, min(found)[1])
+        self._ends.append((len(whole), self._empty + 1))
+        self._empty = 0
+        open_at = len(whole) - max((self._tail(whole, s) for s in self._stops), default=0)
+        end = self._out
+        for at, _ in self._ends:
+            if at <= open_at and not (whole[at - 1].isspace() and at - self._out < self.MAX_BLANKS):
+                end = at
+        while self._ends and self._ends[0][0] <= end:
+            self.held_pieces -= self._ends.popleft()[1]
+        out = whole[self._out : end]
+        # What is out is kept while a stop string may have begun in it.
+        kept = min(open_at, end)
+        self._text, self._out = whole[kept:], end - kept
+        self._ends = deque((at - kept, pieces) for at, pieces in self._ends)
+        return out
 
     def flush(self) -> str:
         """What was held back, at the end of the text."""
-        held, self._held = self._held, ""
-        return held
+        return self._let_out(self._text, len(self._text))
+
+    def _let_out(self, text: str, end: int) -> str:
+        out = text[self._out : end]
+        self._text, self._out, self.held_pieces, self._empty = "", 0, 0, 0
+        self._ends.clear()
+        return out
 
     @staticmethod
     def _tail(text: str, stop: str) -> int:
-        """Length of the longest end of ``text`` that ``stop`` begins with."""
+        """Length of the longest end of ``text``, not all of ``stop``, that it begins with."""
         at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
         while at >= 0:
             if stop.startswith(text[at:]):
@@ -62,9 +106,11 @@ class Detokenizer:
     """Tokens without a whole character before the window is let out as it is:
     a model that emits rubbish bytes must not make every step dearer."""
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, shown: Sequence[int] = ()) -> None:
+        """``shown``: the tokens of text that the answer was made to begin with."""
         self._backend = backend
-        self._shown: list[int] = []
+        # As many as are decoded together later on; more would only take longer.
+        self._shown = list(shown[-self.MAX_PENDING :])
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:

@@ -11,48 +11,82 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
-from llmos.drivers.errors import StaleEpoch, StoreUnavailable
-from llmos.drivers.protocols import (
-    AgentDelete,
-    AgentRow,
-    AgentWrite,
-    StateWrite,
-    StoreWrite,
-    SyscallRow,
-    TurnRow,
+from llmos.drivers.errors import StoreError, StoreUnavailable
+from llmos.drivers.stores import copies, migrations, rows
+from llmos.drivers.stores.changes import (
+    Changes,
+    Entry,
+    Known,
+    RowKey,
+    Tombstone,
+    agent_values,
+    mailroom,
 )
-from llmos.drivers.stores import schema
-from llmos.drivers.stores.memory import NO_OWNER
+from llmos.drivers.stores.dropping import OF_ALL_SQLITE, drop
+from llmos.drivers.stores.reads import SqlReads
+from llmos.drivers.stores.schema import (
+    AGENTS_TAIL,
+    ENTRY,
+    FATE,
+    SELECT,
+    TABLES,
+    dead_letter,
+    dead_values,
+    insert,
+    upsert_tail,
+)
 
 BUSY_TIMEOUT_S = 5.0
 """How long to wait for a foreign program (a backup, a shell) that locks the database."""
 
-_PUT_AGENT = schema.upsert("agents", schema.AGENT_COLUMNS)
-_PUT_STATE = schema.upsert("states", ("agent", "state"))
-_PUT_TURN = schema.upsert("turns", schema.TURN_COLUMNS)
-_PUT_SYSCALL = schema.upsert("syscalls", schema.SYSCALL_COLUMNS, keys=2)
-_AGENTS = schema.select("agents", schema.AGENT_COLUMNS, "ORDER BY agent")
-_AGENT = schema.select("agents", schema.AGENT_COLUMNS, "WHERE agent = ?")
-_NEWEST = "ORDER BY started_at DESC, turn DESC LIMIT ?"
-_TURNS = schema.select("turns", schema.TURN_COLUMNS, _NEWEST)
-_TURNS_OF = schema.select("turns", schema.TURN_COLUMNS, f"WHERE agent = ? {_NEWEST}")
-_TURNS_FROM = schema.select(
-    "turns", schema.TURN_COLUMNS, "WHERE turn >= ? AND turn < ? ORDER BY turn LIMIT 2"
+_CACHED_STATEMENTS = 256
+
+_LOG_PAGES = 4000
+"""Length of the log, 16 MB, at which it is moved into the database. Longer than SQLite's own
+1000: a busy page is then moved once for many commits."""
+
+_CACHE_KIB = 64 * 1024
+"""Pages that the writing connection may keep."""
+
+_TURN_KEYS = "SELECT seq, phase, part FROM journal WHERE turn = ?"
+_MAIL_ROW = f"{SELECT['mail']} WHERE receiver = ? AND stream = ? AND seq = ?"
+_DEAD_LETTER = f"{SELECT['dead']} WHERE id = ?"
+_TIMER_DUE = "SELECT due FROM timers WHERE agent = ? AND name = ?"
+
+_PUT_AGENT = f"{insert('agents')} {AGENTS_TAIL}"
+_PUT_LAUNCH = f"{insert('launches')} {upsert_tail('launches')}"
+_PUT_SHARD = f"{insert('shards')} {upsert_tail('shards')}"
+_PUT_ROW = insert("journal")
+_PUT_BLOB = f"{insert('blobs')} ON CONFLICT (sha256) DO NOTHING"
+_PUT_MAIL = insert("mail")
+_BEGIN_MAIL = (
+    "UPDATE mail SET not_before = ?, attempts = ?, deaths = ?, turn = ?, epoch = ? "
+    "WHERE arrival = ?"
 )
-_SYSCALLS = schema.select("syscalls", schema.SYSCALL_COLUMNS, "WHERE turn = ? ORDER BY seq")
+_DROP_MAIL = "DELETE FROM mail WHERE arrival = ?"
+_PUT_DEAD = insert("dead")
+_DROP_DEAD = "DELETE FROM dead WHERE id = ?"
+_PUT_TIMER = f"{insert('timers')} {upsert_tail('timers')}"
+_PUT_TOPIC = f"{insert('topics')} {upsert_tail('topics')}"
+_PUT_MONITOR = f"{insert('monitors')} {upsert_tail('monitors')}"
+_COUNT = "UPDATE counters SET value = ? WHERE name = ?"
 
 
-class SqliteStore:
+class SqliteStore(SqlReads):
     """Rows in one SQLite file, owned by one process."""
 
     def __init__(self, path: Path | str) -> None:
         """Open the database, or create it with the folders above it.
+
+        One that an older LLM OS wrote is brought up to this version, in one transaction.
 
         Raises:
             StoreUnavailable: another process owns it, it is not a store of LLM OS or of a
@@ -69,7 +103,7 @@ class SqliteStore:
                 undo.callback(os.close, self._lock_file)
                 self._writer = self._connect()
                 undo.callback(self._writer.close)
-                if reason := schema.prepare(self._writer):
+                if reason := migrations.prepare(self._writer):
                     raise self._unavailable(reason, remedy="Use another path or a newer LLM OS")
                 mode = self._writer.execute("PRAGMA journal_mode = WAL").fetchone()[0]
                 if mode != "wal":
@@ -78,6 +112,9 @@ class SqliteStore:
                         remedy="Use a local disk",
                     )
                 self._writer.execute("PRAGMA synchronous = FULL")
+                self._writer.execute(f"PRAGMA wal_autocheckpoint = {_LOG_PAGES}")
+                self._writer.execute(f"PRAGMA cache_size = -{_CACHE_KIB}")
+                self._known = self._load()
                 self._reader = self._connect()
                 undo.callback(self._reader.close)
                 self._reader.execute("PRAGMA query_only = ON")
@@ -85,79 +122,82 @@ class SqliteStore:
                 raise self._unavailable(str(error)) from error
             undo.pop_all()
 
-    def commit(self, writes: Sequence[StoreWrite]) -> None:
-        """Apply all writes, in order, in one transaction that is on disk when this returns.
+    def commit(self, parts: Sequence[rows.Part]) -> list[StoreError | None]:
+        """Make parts durable, in order, in one transaction that is on disk when this returns.
+
+        A part with a value that no store can hold is refused by itself, with
+        StoreUnavailable in its place of the result.
 
         Raises:
-            StaleEpoch: a StateWrite or TurnRow of another epoch than the agent's, or a
-                StateWrite of an agent that is not registered.
-            StoreUnavailable: disk full, I/O error, locked by another program, closed, or a
-                value that no database can hold.
-            In both cases nothing of ``writes`` was kept, and the store can be used again.
+            StoreUnavailable: disk full, I/O error, locked by another program, closed. Nothing
+                of any part was kept, and the store can be used again.
         """
         with self._lock:
             self._check_open()
-            connection = self._writer
+            writer = self._writer
             try:
-                connection.execute("BEGIN IMMEDIATE")
-                for write in writes:
-                    self._apply(connection, write)
-                connection.execute("COMMIT")
-            except (sqlite3.Error, UnicodeEncodeError, OverflowError) as error:
+                # Before the reads too: each of them would take and give back a lock of its own.
+                writer.execute("BEGIN IMMEDIATE")
+                changes = Changes(_Committed(writer), self._known, str(self._path))
+                errors = changes.add(parts)
+                if not changes.empty():
+                    self._write(writer, changes)
+                writer.execute("COMMIT")
+            except (sqlite3.Error, OSError) as error:
                 self._roll_back()
                 raise self._unavailable(str(error)) from error
             except BaseException:
                 self._roll_back()
                 raise
+            changes.keep()
+            return errors
 
-    def agents(self) -> list[AgentRow]:
-        """All agents, ordered by id."""
-        with self._reading() as connection:
-            return [schema.agent_row(row) for row in connection.execute(_AGENTS)]
+    def backup(self, target: Path) -> int:
+        """Write a consistent copy while commits go on; returns its bytes.
 
-    def agent(self, agent: str) -> AgentRow | None:
-        """One agent."""
-        with self._reading() as connection:
-            row = connection.execute(_AGENT, (agent,)).fetchone()
-            return schema.agent_row(row) if row else None
+        The copy is a store of its own, without the pages that are free in this one.
 
-    def state(self, agent: str) -> bytes | None:
-        """Last committed state."""
-        with self._reading() as connection:
-            row = connection.execute(
-                "SELECT state FROM states WHERE agent = ?", (agent,)
-            ).fetchone()
-            return bytes(row[0]) if row else None
+        Raises:
+            StoreUnavailable: the target exists already, or cannot be written.
+        """
+        with self._read_lock:
+            self._check_open()
+        # A connection of its own: the reads go on, and SQLite keeps the pages of that moment
+        # in the log until it is through.
+        with (
+            self._failing(),
+            copies.new_file(target) as temporary,
+            contextlib.closing(self._connect()) as connection,
+        ):
+            connection.execute("VACUUM INTO ?", (str(temporary),))
+        return Path(target).stat().st_size
 
-    def turns(self, *, agent: str | None = None, limit: int = 50) -> list[TurnRow]:
-        """Newest turns first."""
-        count = max(limit, 0)
-        with self._reading() as connection:
-            if agent is None:
-                rows = connection.execute(_TURNS, (count,))
-            else:
-                rows = connection.execute(_TURNS_OF, (agent, count))
-            return [schema.turn_row(row) for row in rows]
+    def load(self, tables: Iterable[tuple[str, Iterator[tuple[Any, ...]]]]) -> None:
+        """Take whole tables in, as a backup has them. Only into a store without rows.
 
-    def turn(self, turn: str) -> tuple[TurnRow, list[SyscallRow]] | None:
-        """A turn and its syscalls by seq. A unique prefix of the id will do."""
-        if not turn:
-            return None
-        with self._reading() as connection:
-            # One read transaction, so that turn and syscalls are of the same moment.
-            connection.execute("BEGIN")
+        Raises:
+            StoreUnavailable: it is not empty, or cannot be written; nothing was kept.
+        """
+        with self._lock, self._failing():
+            self._check_open()
+            writer = self._writer
             try:
-                # The id itself, where it exists, sorts before every longer one.
-                found = connection.execute(_TURNS_FROM, (turn, turn + "\U0010ffff")).fetchall()
-                if not found or (len(found) > 1 and found[0][0] != turn):
-                    return None
-                row = schema.turn_row(found[0])
-                syscalls = [
-                    schema.syscall_row(s) for s in connection.execute(_SYSCALLS, (row.turn,))
-                ]
-                return row, syscalls
-            finally:
-                connection.execute("COMMIT")
+                writer.execute("BEGIN IMMEDIATE")
+                for table in TABLES:
+                    if table.name == "counters":
+                        writer.execute("DELETE FROM counters")
+                    elif writer.execute(f"SELECT 1 FROM {table.name} LIMIT 1").fetchone():
+                        raise self._unavailable(
+                            f"it is not empty: there are {table.name}",
+                            remedy="Restore into a new path",
+                        )
+                for name, values in tables:
+                    writer.executemany(insert(name), values)
+                writer.execute("COMMIT")
+                self._known = self._load()
+            except BaseException:
+                self._roll_back()
+                raise
 
     def close(self) -> None:
         """Flush and release the database for other processes. Idempotent."""
@@ -194,34 +234,67 @@ class SqliteStore:
         return handle
 
     def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(
-            self._path, timeout=BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+        return sqlite3.connect(
+            self._path,
+            timeout=BUSY_TIMEOUT_S,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=_CACHED_STATEMENTS,
         )
-        connection.execute("PRAGMA foreign_keys = ON")
-        return connection
 
-    def _apply(self, connection: sqlite3.Connection, write: StoreWrite) -> None:
-        if isinstance(write, SyscallRow):
-            connection.execute(_PUT_SYSCALL, schema.syscall_values(write))
-        elif isinstance(write, TurnRow):
-            self._check_epoch(connection, write)
-            connection.execute(_PUT_TURN, schema.turn_values(write))
-        elif isinstance(write, StateWrite):
-            self._check_epoch(connection, write)
-            connection.execute(_PUT_STATE, (write.agent, write.state))
-        elif isinstance(write, AgentWrite):
-            connection.execute(_PUT_AGENT, schema.agent_values(write.row))
-        elif isinstance(write, AgentDelete):
-            connection.execute("DELETE FROM agents WHERE agent = ?", (write.agent,))
+    def _load(self) -> Known:
+        """What is to be remembered of the rows."""
+        known, run = Known(), self._writer.execute
+        known.launches = {v[0]: rows.LaunchRow(*v) for v in run(SELECT["launches"])}
+        known.shards = dict(run(SELECT["shards"]))
+        known.waiting = dict(run("SELECT receiver, count(*) FROM mail GROUP BY receiver"))
+        counters = dict(run(SELECT["counters"]))
+        known.arrival, known.dead = counters["arrival"], counters["dead"]
+        return known
 
-    def _check_epoch(self, connection: sqlite3.Connection, write: TurnRow | StateWrite) -> None:
-        row = connection.execute(
-            "SELECT epoch FROM agents WHERE agent = ?", (write.agent,)
-        ).fetchone()
-        if row is None and isinstance(write, StateWrite):
-            raise StaleEpoch(write.agent, write.epoch, NO_OWNER)
-        if row is not None and write.epoch != row[0]:
-            raise StaleEpoch(write.agent, write.epoch, row[0])
+    def _write(self, writer: sqlite3.Connection, changes: Changes) -> None:
+        many = writer.executemany
+        for tombstone in changes.tombstones.values():
+            _drop(writer, tombstone)
+        if changes.launches:
+            gone = [(name,) for name, row in changes.launches.items() if row is None]
+            many("DELETE FROM launches WHERE agent = ?", gone)
+            many(_PUT_LAUNCH, [row for row in changes.launches.values() if row is not None])
+        if changes.shards:
+            many(_PUT_SHARD, list(changes.shards.items()))
+        if changes.entries:
+            many(_PUT_AGENT, agent_values(changes))
+        if changes.journal:
+            many(_PUT_ROW, list(changes.journal.values()))
+        if changes.blobs:
+            many(_PUT_BLOB, list(changes.blobs.items()))
+        if changes.dead:
+            many(_DROP_DEAD, [(id,) for id, row in changes.dead.items() if row is None])
+        if changes.mail:
+            deletes, updates, inserts = mailroom(changes)
+            many(_DROP_MAIL, [(arrival,) for arrival in deletes])
+            many(_BEGIN_MAIL, updates)
+            many(_PUT_MAIL, inserts)
+        if changes.dead:
+            many(_PUT_DEAD, [dead_values(row) for row in changes.dead.values() if row is not None])
+        if changes.timers:
+            ended = [key for key, row in changes.timers.items() if row is None]
+            many("DELETE FROM timers WHERE agent = ? AND name = ?", ended)
+            many(_PUT_TIMER, [row for row in changes.timers.values() if row is not None])
+        if changes.topics:
+            ended = [key for key, wanted in changes.topics.items() if not wanted]
+            many("DELETE FROM topics WHERE topic = ? AND agent = ?", ended)
+            many(_PUT_TOPIC, [key for key, wanted in changes.topics.items() if wanted])
+        if changes.monitors:
+            ended = [key for key, linked in changes.monitors.items() if linked is None]
+            many("DELETE FROM monitors WHERE watched = ? AND watcher = ?", ended)
+            watched = [(*k, int(v)) for k, v in changes.monitors.items() if v is not None]
+            many(_PUT_MONITOR, watched)
+        known = self._known
+        if changes.arrival != known.arrival:
+            writer.execute(_COUNT, (changes.arrival, "arrival"))
+        if changes.dead_id != known.dead:
+            writer.execute(_COUNT, (changes.dead_id, "dead"))
 
     def _roll_back(self) -> None:
         # Some errors (disk full) make SQLite roll back by itself; then there is nothing to do.
@@ -229,14 +302,18 @@ class SqliteStore:
             with contextlib.suppress(sqlite3.Error):
                 self._writer.execute("ROLLBACK")
 
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
+    def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         with self._read_lock:
             self._check_open()
-            try:
-                yield self._reader
-            except (sqlite3.Error, UnicodeEncodeError) as error:
-                raise self._unavailable(str(error)) from error
+            with self._failing():
+                return self._reader.execute(sql, values).fetchall()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError, UnicodeEncodeError, OverflowError) as error:
+            raise self._unavailable(str(error)) from error
 
     def _check_open(self) -> None:
         if self._closed:
@@ -246,3 +323,40 @@ class SqliteStore:
         if remedy:
             return StoreUnavailable(str(self._path), reason, remedy=remedy)
         return StoreUnavailable(str(self._path), reason)
+
+
+def _drop(writer: sqlite3.Connection, tombstone: Tombstone) -> None:
+    for sql, values in drop(tombstone, OF_ALL_SQLITE, json.dumps(sorted(tombstone.spared))):
+        writer.execute(sql, values)
+
+
+class _Committed:
+    """Point reads for :class:`llmos.drivers.stores.changes.Changes`, on the writing connection."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        # One cursor, used again: making one costs as much as a short read.
+        self._run = connection.cursor().execute
+
+    def entry(self, agent: str) -> Entry | None:
+        found = self._run(ENTRY, (agent,)).fetchone()
+        return Entry(*found) if found else None
+
+    def turn_keys(self, turn: str) -> set[RowKey]:
+        return set(self._run(_TURN_KEYS, (turn,)).fetchall())
+
+    def fate(self, receiver: str, stream: str, seq: int) -> tuple[Any, Any, Any]:
+        values = (receiver, stream, seq, receiver, stream, seq, receiver, f"{stream}#{seq}")
+        found: tuple[Any, Any, Any] = self._run(FATE, values).fetchone()
+        return found
+
+    def mail_row(self, receiver: str, stream: str, seq: int) -> rows.MailRow | None:
+        found = self._run(_MAIL_ROW, (receiver, stream, seq)).fetchone()
+        return rows.MailRow(*found) if found else None
+
+    def dead_letter(self, id: int) -> rows.DeadLetter | None:
+        found = self._run(_DEAD_LETTER, (id,)).fetchone()
+        return dead_letter(found) if found else None
+
+    def timer_due(self, agent: str, name: str) -> float | None:
+        found = self._run(_TIMER_DUE, (agent, name)).fetchone()
+        return float(found[0]) if found else None

@@ -55,8 +55,9 @@ class Listener:
 _serial = iter(range(10**9))
 
 
-def job(prompt=QUESTION, job_id: str = "", **params) -> GenerationJob:
-    return GenerationJob(job_id or f"job-{next(_serial)}", prompt, SamplingParams(**params))
+def job(prompt=QUESTION, job_id: str = "", prefix: str = "", **params) -> GenerationJob:
+    name = job_id or f"job-{next(_serial)}"
+    return GenerationJob(name, prompt, SamplingParams(**params), prefix=prefix)
 
 
 def ask(engine: CausalEngine, prompt=QUESTION, **params) -> Listener:
@@ -64,6 +65,27 @@ def ask(engine: CausalEngine, prompt=QUESTION, **params) -> Listener:
     engine.submit(job(prompt, **params), listener)
     listener.wait()
     return listener
+
+
+def goes_on(engine: CausalEngine, whole: Listener, prompt, **params) -> int:
+    """Break an answer off after each of its chunks, go on from there, and compare; how often."""
+    parts = []
+    text, tokens = "", 0
+    for chunk in whole.chunks[:-1]:
+        text, tokens = text + chunk.text, tokens + chunk.tokens
+        listener = Listener()
+        left = {**params, "max_new_tokens": params["max_new_tokens"] - tokens}
+        engine.submit(job(prompt, prefix=text, **left), listener)
+        parts.append((text, tokens, listener))
+    last = whole.chunks[-1]
+    for text, tokens, listener in parts:
+        again = listener.wait()
+        assert text + listener.text == whole.text, f"after {text!r}"
+        assert not text[-1].isspace()
+        assert again.finish == last.finish
+        assert again.new_tokens == listener.tokens == last.new_tokens - tokens
+        assert again.prompt_tokens > last.prompt_tokens
+    return len(parts)
 
 
 def settle(check: Callable[[], bool], timeout_s: float = 20) -> bool:
@@ -143,6 +165,76 @@ class CausalSuite:
         near_miss = whole[-4:] + "\x00"
         got = ask(engine, max_new_tokens=10, ignore_eos=True, stop=(near_miss,))
         assert got.text == whole
+
+    @pytest.mark.parametrize("stops", ["none", "one that nearly comes"])
+    def test_a_prefix_that_ended_at_a_chunks_end_goes_on_as_the_stream_did(self, engine, stops):
+        params = {"max_new_tokens": 24}
+        whole = ask(engine, **params)
+        if stops != "none":
+            # Text is held back in the middle of words, and chunks must end at tokens all the same.
+            nearly = [whole.text[i : i + 5] + "\x00" for i in range(1, len(whole.text) - 5, 9)]
+            params["stop"] = tuple(nearly[:16])
+            whole = ask(engine, **params)
+        assert goes_on(engine, whole, QUESTION, **params) > 3
+
+    def test_an_empty_prefix_is_none(self, engine):
+        got = ask(engine, max_new_tokens=6, prefix="")
+        assert got.text == ask(engine, max_new_tokens=6).text
+        assert got.chunks[-1].prompt_tokens == engine.count_tokens(QUESTION)
+
+    def test_a_prefix_goes_with_a_bare_prompt(self, engine):
+        whole = ask(engine, "One two three four five six seven", max_new_tokens=8, ignore_eos=True)
+        first = whole.chunks[0]
+        got = ask(
+            engine,
+            "One two three four five six seven",
+            max_new_tokens=8 - first.tokens,
+            ignore_eos=True,
+            prefix=first.text,
+        )
+        assert first.text + got.text == whole.text
+
+    def test_a_stop_string_is_found_across_the_end_of_the_prefix(self, engine):
+        whole = ask(engine, max_new_tokens=10, ignore_eos=True)
+        text = ""
+        for chunk in whole.chunks[:4]:
+            text += chunk.text
+        stop = whole.text[len(text) - 2 : len(text) + 2]
+        assert stop not in text
+        got = ask(engine, max_new_tokens=10, ignore_eos=True, prefix=text, stop=(stop,))
+        assert (got.text, got.chunks[-1].finish) == ("", "stop")
+        assert got.tokens <= 2
+        almost = stop[:2] + "\x00"
+        rest = whole.text[len(text) :]
+        got = ask(engine, max_new_tokens=6, ignore_eos=True, prefix=text, stop=(almost,))
+        assert rest.startswith(got.text) or got.text.startswith(rest)
+        assert got.chunks[-1].finish == "length"
+
+    def test_a_stop_string_within_the_prefix_is_past(self, engine):
+        first = ask(engine, max_new_tokens=3, ignore_eos=True).text
+        got = ask(engine, max_new_tokens=1, ignore_eos=True, prefix=first, stop=(first[:2], first))
+        assert got.chunks[-1].finish == "length"
+
+    def test_a_prefix_counts_against_the_context_alone(self, engine):
+        got = ask(engine, max_new_tokens=5, ignore_eos=True, prefix="one two three four five six")
+        assert got.tokens == 5
+        assert got.chunks[-1].prompt_tokens >= engine.count_tokens(QUESTION) + 6
+        capacity = engine.statistics().kv_tokens
+        new = capacity - engine.count_tokens(QUESTION)
+        with pytest.raises(PromptTooLong):
+            engine.submit(job(max_new_tokens=new, prefix="one"), Listener())
+
+    def test_a_megabyte_of_prefix_is_refused_quickly(self, engine):
+        began = time.monotonic()
+        with pytest.raises(PromptTooLong):
+            engine.submit(job(prefix="word and word " * 80_000, max_new_tokens=4), Listener())
+        assert time.monotonic() - began < 5
+
+    @pytest.mark.parametrize("prefix", ["a\ud800b", None, b"x"])
+    def test_impossible_prefixes_are_refused(self, engine, prefix):
+        with pytest.raises(InvalidParams) as caught:
+            engine.submit(job(prefix=prefix, max_new_tokens=4), Listener())
+        assert caught.value.field == "prefix"
 
     def test_unicode_passes(self, engine):
         got = ask(engine, (ChatTurn("user", "Grüße 🌈 日本 \u200d e\u0301"),), max_new_tokens=10)

@@ -33,10 +33,91 @@ def test_the_cut_does_not_depend_on_how_text_arrives(text, stops, data):
 
 def test_what_could_be_a_stop_is_held_back_and_let_go():
     stop = StopFilter(["END"])
-    assert stop.push("the E") == "the "
+    assert stop.push("the") == "the"
+    assert stop.push(" ") == ""
+    assert stop.push("E") == ""
     assert stop.push("N") == ""
-    assert stop.push("T E") == "ENT "
+    assert stop.held_pieces == 3
+    assert stop.push("T") == " ENT"
+    assert stop.held_pieces == 0
+    assert stop.push("E") == ""
     assert stop.flush() == "E"
+
+
+def test_pieces_are_held_back_whole():
+    stop = StopFilter(["END"])
+    assert stop.push("the E") == ""
+    assert stop.push("") == ""
+    assert stop.push("AR, E") == "the E"
+    assert stop.held_pieces == 2
+    assert stop.push("ND of it") == "AR, "
+    assert stop.stopped
+
+
+def test_blanks_wait_for_what_follows_them():
+    stop = StopFilter([])
+    assert stop.push("one.") == "one."
+    assert stop.push("\n") == ""
+    assert stop.push("\n") == ""
+    assert stop.held_pieces == 2
+    assert stop.push("two") == "\n\ntwo"
+    assert stop.push(" ") == ""
+    assert stop.flush() == " "
+
+
+def test_a_stop_string_of_blanks_is_found_at_once():
+    stop = StopFilter(["\n\n"])
+    assert stop.push("one.") == "one."
+    assert stop.push("\n") == ""
+    assert stop.push("\n") == ""
+    assert stop.stopped
+
+
+def test_blanks_do_not_wait_for_ever():
+    stop = StopFilter(["END"])
+    out = "".join(stop.push("\n") for _ in range(10_000))
+    assert 0 <= 10_000 - len(out) < StopFilter.MAX_BLANKS
+    assert stop.held_pieces == 10_000 - len(out)
+
+
+SPACED = st.text("abc ", max_size=30)
+
+
+@given(SPACED, st.lists(st.text("abc ", min_size=1, max_size=4), max_size=4), st.data())
+def test_what_was_let_out_can_be_gone_on_from(text, stops, data):
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
+    pieces = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
+    whole = StopFilter(stops)
+    out = ""
+    shown = []
+    for i, piece in enumerate(pieces):
+        out += whole.push(piece)
+        if whole.stopped:
+            break
+        told = "".join(pieces[: i + 1 - whole.held_pieces])
+        assert out == told
+        assert not out.endswith(" ")
+        shown.append((told, i + 1 - whole.held_pieces))
+    out += whole.flush()
+    for before, after in shown:
+        again = StopFilter(stops, before)
+        rest = ""
+        for piece in pieces[after:]:
+            rest += again.push(piece)
+            if again.stopped:
+                break
+        assert before + rest + again.flush() == out
+        assert again.stopped == whole.stopped
+
+
+def test_a_stop_may_begin_before_but_not_end_there():
+    stop = StopFilter(["END", "xy"], "END, xy, EN")
+    assert stop.push("") == ""
+    assert stop.push("D") == ""
+    assert stop.stopped
+    stop = StopFilter(["END"], "the EN")
+    assert stop.push("T") == "T"
+    assert not stop.stopped
 
 
 @given(st.lists(st.integers(1, 9), max_size=40), st.randoms(use_true_random=False))
