@@ -28,16 +28,42 @@ class StartProcess(Action):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StopProcess(Action):
+    """Stop a process for good; no answer is waited for."""
+
+    process: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Fence(Action):
-    """Write this epoch to the agents of a host before it serves them; answer with Fenced.
+    """Write a host's epoch to shards before it serves them; answer with Fenced.
 
     The store takes commits under exactly this epoch, so that the owner before is shut out
-    whether its epoch was lower (the process was restarted) or higher (the agents moved).
+    whether its epoch was lower (the process was restarted) or higher (the shards moved).
     """
 
     host: str
     epoch: int
-    agents: tuple[str, ...]
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReleaseShards(Action):
+    """Let a host end its turns on these shards, within a bound, and start no more of them;
+    answer with ShardsReleased, with the same fields.
+    """
+
+    host: str
+    shards: tuple[int, ...]
+    to: str
+    """The host that is to serve them next."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drained(Action):
+    """A host serves nothing any more and is stopped; ``cause`` is the request."""
+
+    process: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,16 +96,15 @@ class Launched(Action):
     """A launch has succeeded; ``cause`` is the request."""
 
     agent: str
-    host: str
-    epoch: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Killed(Action):
-    """An agent is gone; its host drops what it has of it."""
+    """An agent is gone, or for ``tenant/program/*`` the launch of any key; hosts drop what
+    they have of it.
+    """
 
     agent: str
-    host: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,7 +116,7 @@ class Refused(Action):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutesChanged(Action):
-    """Agents of this host can be reached again, or can no more."""
+    """Shards of this host can be reached again, or can no more: see ``shard_map()``."""
 
     host: str
 
@@ -113,7 +138,10 @@ class Note(Action):
 
 AnyAction: TypeAlias = (
     StartProcess
+    | StopProcess
     | Fence
+    | ReleaseShards
+    | Drained
     | LoadSlot
     | UnloadSlot
     | ForgetClient

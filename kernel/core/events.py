@@ -47,14 +47,47 @@ class ProcessLost(Event):
     process: str
     incarnation: int
     reason: str
+    chance: float = 0.5
+    """In [0, 1): spreads restarts, so that what fell together does not come back together."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fenced(Event):
-    """The store holds the epoch of these agents' host: it may serve them."""
+    """The store holds the epoch of these shards' host: it may serve them."""
 
     host: str
-    agents: tuple[str, ...]
+    epoch: int
+    """That of the Fence. The host may have been restarted under a higher one meanwhile."""
+    shards: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardsReleased(Event):
+    """A host has ended its turns on these shards, or was cut off, and starts no more."""
+
+    host: str
+    shards: tuple[int, ...]
+    to: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RebalanceAsked(Event):
+    """Somebody wants the shards spread evenly over the hosts that are up."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainAsked(Event):
+    """Somebody wants a host emptied and stopped; ``cause`` is answered by Drained or Refused."""
+
+    process: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostAsked(Event):
+    """Somebody wants one host more, e.g. to take what another serves that is to be drained."""
+
+    process: str
+    """A new name, or that of a host that was stopped: see ``spare_host()``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +118,7 @@ class LaunchAsked(Event):
     """Somebody wants an agent; ``cause`` is the request that will be answered."""
 
     agent: str
+    """``tenant/program/key``, or ``tenant/program/*`` for any key."""
     models: tuple[tuple[str, int | None], ...]
     """Models it needs, each with the bytes its manifest asks for, if any."""
 
@@ -113,6 +147,10 @@ AnyEvent: TypeAlias = (
     | ProcessUp
     | ProcessLost
     | Fenced
+    | ShardsReleased
+    | RebalanceAsked
+    | DrainAsked
+    | HostAsked
     | SlotLoaded
     | SlotFailed
     | SlotUnloaded

@@ -6,6 +6,19 @@ from collections import deque
 from dataclasses import dataclass, field
 
 
+def spread(delay_s: float, jitter: float, chance: float) -> float:
+    """A delay made up to ``jitter`` (a share of it) shorter or longer.
+
+    What failed together, because of one cause, must not try again together.
+
+    Args:
+        delay_s: seconds.
+        jitter: 0 to 1.
+        chance: in [0, 1); 0.5 leaves the delay as it is.
+    """
+    return delay_s * (1.0 + jitter * (2.0 * chance - 1.0))
+
+
 @dataclass(frozen=True, slots=True)
 class RestartPolicy:
     """At most ``intensity`` restarts within ``window_s``; each waits longer than the last.
@@ -20,6 +33,9 @@ class RestartPolicy:
     """The first restart is immediate: most crashes do not repeat."""
     step_s: float = 0.5
     max_delay_s: float = 10.0
+    """Before jitter."""
+    jitter: float = 0.2
+    """Share of a delay by which chance makes it shorter or longer."""
 
 
 @dataclass(slots=True)
@@ -29,8 +45,13 @@ class Restarts:
     policy: RestartPolicy = field(default_factory=RestartPolicy)
     crashes: deque[float] = field(default_factory=deque)
 
-    def crashed(self, now: float) -> float | None:
-        """Record a crash; returns seconds to wait before the restart, or None to give up."""
+    def crashed(self, now: float, chance: float = 0.5) -> float | None:
+        """Record a crash; returns seconds to wait before the restart, or None to give up.
+
+        Args:
+            now: seconds on a monotonic clock.
+            chance: in [0, 1).
+        """
         while self.crashes and now - self.crashes[0] > self.policy.window_s:
             self.crashes.popleft()
         self.crashes.append(now)
@@ -38,5 +59,7 @@ class Restarts:
         if n > self.policy.intensity:
             return None
         if n == 1:
-            return self.policy.first_delay_s
-        return min(self.policy.step_s * 2.0 ** (n - 2), self.policy.max_delay_s)
+            delay_s = self.policy.first_delay_s
+        else:
+            delay_s = min(self.policy.step_s * 2.0 ** (n - 2), self.policy.max_delay_s)
+        return spread(delay_s, self.policy.jitter, chance)

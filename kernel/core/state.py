@@ -8,11 +8,12 @@ carries the actions out and answers with events.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import singledispatchmethod
 
 from llmos.drivers.errors import LlmosError, UnknownModel
+from llmos.drivers.stores.rows import SHARDS, pattern_of, shard_of
 from llmos.kernel.core import actions as act
 from llmos.kernel.core import events as ev
 from llmos.kernel.core.errors import (
@@ -20,17 +21,22 @@ from llmos.kernel.core.errors import (
     DoesNotFit,
     HostUnavailable,
     NoDevice,
+    NoOtherHost,
     SlotUnavailable,
+    UnknownProcess,
 )
 from llmos.kernel.core.ledger import Ledger, OverCapacity
 from llmos.kernel.core.restarts import RestartPolicy, Restarts
+from llmos.kernel.core.shards import Shard, balance, fewest, grouped
 from llmos.kernel.core.slots import Slot, SlotState
+from llmos.kernel.core.supervision import NEEDS, falls_with
 from llmos.kernel.core.types import (
     AgentState,
     DeviceSpec,
     ModelSpec,
     ProcessKind,
     ProcessState,
+    ShardState,
 )
 from llmos.syscalls.errors import UnknownAgent
 
@@ -50,6 +56,18 @@ class Process:
     restart_at: float | None = None
     reason: str = ""
     """Why it was lost last."""
+    drains: tuple[str, ...] = ()
+    """Requests that want this host empty and stopped; there are none once they are answered."""
+
+    @property
+    def live(self) -> bool:
+        """Runs, or will run again."""
+        return self.state not in (ProcessState.GIVEN_UP, ProcessState.STOPPED)
+
+    @property
+    def started(self) -> bool:
+        """Runs, or is on its way up."""
+        return self.state in (ProcessState.STARTING, ProcessState.UP)
 
 
 @dataclass(slots=True)
@@ -57,9 +75,9 @@ class AgentEntry:
     """An agent that has been launched or waits for it."""
 
     agent: str
+    """``tenant/program/key``, or ``tenant/program/*`` for any key."""
     models: tuple[str, ...]
     state: AgentState = AgentState.PENDING
-    host: str = ""
 
 
 @dataclass(slots=True)
@@ -81,6 +99,7 @@ class KernelCore:
     devices: dict[str, DeviceSpec] = field(default_factory=dict)
     models: dict[str, ModelSpec] = field(default_factory=dict)
     slots: dict[str, Slot] = field(default_factory=dict)
+    shards: list[Shard] = field(default_factory=lambda: [Shard() for _ in range(SHARDS)])
     agents: dict[str, AgentEntry] = field(default_factory=dict)
     launches: OrderedDict[str, Launch] = field(default_factory=OrderedDict)
     """Launches that wait, by request, in the order they came."""
@@ -110,6 +129,8 @@ class KernelCore:
             out += self._start(kind.value, kind, event)
         for name in self.devices:
             out += self._start(f"device:{name}", ProcessKind.DEVICE, event)
+        for number, shard in enumerate(self.shards):
+            shard.host, shard.state = f"host:{number % event.hosts}", ShardState.MOVING
         for number in range(event.hosts):
             out += self._start(f"host:{number}", ProcessKind.HOST, event)
         for slot in self.slots.values():
@@ -136,11 +157,9 @@ class KernelCore:
         )
         if kind is not ProcessKind.HOST:
             return [start]
-        mine = tuple(sorted(a.agent for a in self.agents.values() if a.host == name))
-        fence = act.Fence(host=name, epoch=process.epoch, agents=mine, cause=event.cause)
         # The fence comes first: once it is durable, whatever the old process still does
         # under its old epoch is refused by the store.
-        return [fence, start] if mine else [start]
+        return [*self._fence(self._shards_of(name), event), start]
 
     @_handle.register
     def _process_up(self, event: ev.ProcessUp) -> Actions:
@@ -150,10 +169,14 @@ class KernelCore:
         process.state = ProcessState.UP
         out: Actions = []
         if process.kind is ProcessKind.HOST:
-            for entry in self.agents.values():
-                if entry.state is AgentState.UNREACHABLE:
-                    entry.host, entry.state = process.name, AgentState.MOVING
-            out += self._fence_moving(process, event)
+            # What others serve stays with them, even where this host now has less than its
+            # share: each move cuts turns off or holds them up. RebalanceAsked does it.
+            orphans = [
+                number
+                for number, shard in enumerate(self.shards)
+                if shard.state is ShardState.UNREACHABLE
+            ]
+            out += self._give([(number, process.name) for number in orphans], event)
             out.append(act.RoutesChanged(host=process.name, cause=event.cause))
         elif process.kind is ProcessKind.DEVICE:
             device = process.name.removeprefix("device:")
@@ -169,38 +192,37 @@ class KernelCore:
         if process is None or process.state not in (ProcessState.STARTING, ProcessState.UP):
             return []
         process.reason = event.reason
-        delay = process.restarts.crashed(event.now)
-        out: Actions = [
-            act.Note(
-                level="warning",
-                text=f"{process.name} was lost ({event.reason}); "
-                + ("giving up" if delay is None else f"restart in {delay:.1f} s"),
-                cause=event.cause,
-            )
-        ]
+        delay = process.restarts.crashed(event.now, event.chance)
+        if process.drains:
+            process.state, plan = ProcessState.STOPPED, "it was being drained and stays down"
+        elif delay is None:
+            process.state, plan = ProcessState.GIVEN_UP, "giving up"
+        else:
+            process.state, plan = ProcessState.WAITING, f"restart in {delay:.1f} s"
+            process.restart_at = event.now + delay
+        text = f"{process.name} was lost ({event.reason}); {plan}"
+        out: Actions = [act.Note(level="warning", text=text, cause=event.cause)]
         if process.kind is ProcessKind.DEVICE:
-            out += self._device_lost(process, event)
+            self._device_lost(process, event)
         if process.kind is ProcessKind.HOST:
             client = f"{process.name}@{process.epoch}"
             out.append(act.ForgetClient(client=client, cause=event.cause))
-        if delay is None:
-            process.state = ProcessState.GIVEN_UP
-            if process.kind is ProcessKind.HOST:
-                out += self._move_agents(process, event)
+            out += self._host_lost(process, event)
+        if process.state is ProcessState.GIVEN_UP:
             if process.kind is ProcessKind.DEVICE:
                 out += self._bring_back(event)
+            out += self._stop_dependents(process, event)
+        if not process.live:
             return out + self._advance(event)
         if delay == 0.0:
             out += self._start(process.name, process.kind, event)
-        else:
-            process.state = ProcessState.WAITING
-            process.restart_at = event.now + delay
+        elif process.restart_at is not None:
             out.append(act.WakeAt(when=process.restart_at, cause=event.cause))
         return out
 
-    def _device_lost(self, process: Process, event: ev.ProcessLost) -> Actions:
+    def _device_lost(self, process: Process, event: ev.Event) -> None:
         device = process.name.removeprefix("device:")
-        error = SlotUnavailable(device, f"the device process was lost: {event.reason}")
+        error = SlotUnavailable(device, f"the device process was lost: {process.reason}")
         for slot in self.slots.values():
             if slot.device != device:
                 continue
@@ -208,43 +230,37 @@ class KernelCore:
             slot.device = None
             slot.error = error
             slot.move(SlotState.FAILED, event.now, event.cause)
-        return []
 
-    def _move_agents(self, process: Process, event: ev.Event) -> Actions:
-        """A host is given up: its agents go to the others, or nowhere."""
-        out: Actions = []
-        for entry in self.agents.values():
-            if entry.host != process.name or entry.state is AgentState.PENDING:
-                continue
-            entry.host = self._least_loaded_host()
-            entry.state = AgentState.MOVING if entry.host else AgentState.UNREACHABLE
-        for other in self.processes.values():
-            if other.kind is ProcessKind.HOST and other.state is not ProcessState.GIVEN_UP:
-                out += self._fence_moving(other, event)
-        out.append(act.RoutesChanged(host=process.name, cause=event.cause))
+    def _stop_dependents(self, process: Process, event: ev.Event) -> Actions:
+        """A process is given up: those that cannot work without it are stopped."""
+        kinds = falls_with(process.kind)
+        fallen = [p for p in self.processes.values() if p.kind in kinds and p.live]
+        if not fallen:
+            return []
+        names = ", ".join(p.name for p in fallen)
+        text = f"{process.name} was given up; stopped, being of no use without it: {names}"
+        out: Actions = [act.Note(level="error", text=text, cause=event.cause)]
+        for other in fallen:
+            other.reason = f"{process.name} was given up"
+            out += self._stop(other, event)
+        for other in fallen:
+            if other.kind is ProcessKind.HOST:
+                out += self._leave(other, event)
+            if other.kind is ProcessKind.DEVICE:
+                self._device_lost(other, event)
         return out
 
-    def _fence_moving(self, process: Process, event: ev.Event) -> Actions:
-        """Fence the agents that are on their way to a host."""
-        moving = tuple(
-            sorted(
-                a.agent
-                for a in self.agents.values()
-                if a.host == process.name and a.state is AgentState.MOVING
-            )
-        )
-        if not moving:
-            return []
-        return [act.Fence(host=process.name, epoch=process.epoch, agents=moving, cause=event.cause)]
-
-    @_handle.register
-    def _fenced(self, event: ev.Fenced) -> Actions:
-        for agent in event.agents:
-            entry = self.agents.get(agent)
-            on_its_way = entry is not None and entry.state is AgentState.MOVING
-            if entry is not None and on_its_way and entry.host == event.host:
-                entry.state = AgentState.READY
-        return [act.RoutesChanged(host=event.host, cause=event.cause)]
+    def _stop(self, process: Process, event: ev.Event) -> Actions:
+        """Stop a process for good."""
+        out: Actions = []
+        if process.started:
+            out.append(act.StopProcess(process=process.name, cause=event.cause))
+            if process.kind is ProcessKind.HOST:
+                client = f"{process.name}@{process.epoch}"
+                out.append(act.ForgetClient(client=client, cause=event.cause))
+        process.state = ProcessState.STOPPED
+        process.restart_at = None
+        return out
 
     @_handle.register
     def _tick(self, event: ev.Tick) -> Actions:
@@ -252,6 +268,235 @@ class KernelCore:
         for process in list(self.processes.values()):
             if process.restart_at is not None and process.restart_at <= event.now:
                 out += self._start(process.name, process.kind, event)
+        return out
+
+    # ------------------------------------------------------------ shards
+
+    def _hosts(self) -> list[Process]:
+        return [p for p in self.processes.values() if p.kind is ProcessKind.HOST]
+
+    def _shards_of(self, host: str) -> list[int]:
+        return [number for number, shard in enumerate(self.shards) if shard.host == host]
+
+    def _takers(self, *, prefer_up: bool = False) -> dict[str, int]:
+        """Hosts that may be given shards, each with how many it has or is about to get.
+
+        Those that run or come back, without those being drained.
+        """
+        takers = [p for p in self._hosts() if p.live and not p.drains]
+        if prefer_up:
+            takers = [p for p in takers if p.state is ProcessState.UP] or takers
+        loads = {p.name: 0 for p in takers}
+        for shard in self.shards:
+            host = shard.to or shard.host
+            if host in loads:
+                loads[host] += 1
+        return loads
+
+    def _fence(self, numbers: Iterable[int], event: ev.Event) -> Actions:
+        """Have the store hold the epochs of these shards' hosts; until then they are moving.
+
+        Nothing is written for a host that is not there: its start does it, under a new epoch.
+        """
+        by_host: dict[str, list[int]] = {}
+        for number in numbers:
+            shard = self.shards[number]
+            shard.state = ShardState.MOVING
+            by_host.setdefault(shard.host, []).append(number)
+        return [
+            act.Fence(
+                host=host,
+                epoch=self.processes[host].epoch,
+                shards=tuple(sorted(mine)),
+                cause=event.cause,
+            )
+            for host, mine in by_host.items()
+            if self.processes[host].started
+        ]
+
+    def _give(self, moves: Iterable[tuple[int, str]], event: ev.Event) -> Actions:
+        """Give shards to hosts, and fence them there."""
+        numbers = []
+        for number, host in moves:
+            shard = self.shards[number]
+            before = self.processes.get(shard.host)
+            if before is not None and before.drains:
+                shard.left |= {before.name}
+            shard.host, shard.to = host, ""
+            numbers.append(number)
+        return self._fence(numbers, event)
+
+    def _host_lost(self, process: Process, event: ev.Event) -> Actions:
+        """Its shards wait for it to come back, or go to others."""
+        if not process.live:
+            return self._leave(process, event)
+        # It need not release any more what it was asked to.
+        numbers = [number for number in self._shards_of(process.name) if self.shards[number].to]
+        out = self._hand_over(process, numbers, event)
+        out.append(act.RoutesChanged(host=process.name, cause=event.cause))
+        return out + self._finish_drains(event)
+
+    def _leave(self, process: Process, event: ev.Event) -> Actions:
+        """A host will not come back: its shards go to the others, or nowhere."""
+        out = self._cancel_drains(event)
+        loads = self._takers()
+        moves: list[tuple[int, str]] = []
+        for number in self._shards_of(process.name):
+            if loads:
+                host = fewest(loads)
+                loads[host] += 1
+                moves.append((number, host))
+            else:
+                self.shards[number] = Shard()
+        out += self._give(moves, event)
+        out.append(act.RoutesChanged(host=process.name, cause=event.cause))
+        return out + self._finish_drains(event)
+
+    @_handle.register
+    def _fenced(self, event: ev.Fenced) -> Actions:
+        process = self.processes.get(event.host)
+        stale: list[int] = []
+        for number in event.shards:
+            shard = self.shards[number]
+            if shard.state is ShardState.UNREACHABLE:
+                continue
+            if process is None or (shard.host, process.epoch) != (event.host, event.epoch):
+                stale.append(number)
+            elif shard.state is ShardState.MOVING:
+                shard.state, shard.left = ShardState.SERVED, frozenset()
+        # An answer to a Fence of the past, which may have been written after that of the
+        # present owner and shut it out: the owner's is written again.
+        out = self._fence(stale, event)
+        out.append(act.RoutesChanged(host=event.host, cause=event.cause))
+        if process is not None and process.drains:
+            out += self._ask_release(process, event)
+        return out + self._finish_drains(event)
+
+    @_handle.register
+    def _shards_released(self, event: ev.ShardsReleased) -> Actions:
+        process = self.processes.get(event.host)
+        numbers = [
+            number
+            for number in event.shards
+            if self.shards[number].host == event.host and self.shards[number].to == event.to
+        ]
+        if process is None or not event.to or not numbers:
+            return []
+        out = self._hand_over(process, numbers, event)
+        out.append(act.RoutesChanged(host=event.host, cause=event.cause))
+        return out + self._finish_drains(event)
+
+    def _hand_over(self, process: Process, numbers: Iterable[int], event: ev.Event) -> Actions:
+        """A host serves these shards no more: they go where they were meant to go.
+
+        If that host has become unfit meanwhile: back, or, from one that is being drained, to
+        another.
+        """
+        loads = self._takers(prefer_up=True)
+        fit = self._takers()
+        moves: list[tuple[int, str]] = []
+        for number in numbers:
+            to = self.shards[number].to
+            if to not in fit:
+                to = fewest(loads) if process.drains else process.name
+                loads[to] = loads.get(to, 0) + 1
+            moves.append((number, to))
+        return self._give(moves, event)
+
+    @_handle.register
+    def _rebalance_asked(self, event: ev.RebalanceAsked) -> Actions:
+        up = [p.name for p in self._hosts() if p.state is ProcessState.UP and not p.drains]
+        loads = {host: n for host, n in self._takers().items() if host in up}
+        movable: dict[str, list[int]] = {host: [] for host in up}
+        for number, shard in enumerate(self.shards):
+            if shard.host in movable and shard.state is ShardState.SERVED and not shard.to:
+                movable[shard.host].append(number)
+        moves = balance(loads, movable)
+        text = f"{len(moves)} of {SHARDS} shards move, to spread them over {len(up)} hosts"
+        return [
+            act.Note(level="info", text=text, cause=event.cause),
+            *self._release(moves, event),
+        ]
+
+    def _release(self, moves: list[tuple[int, str, str]], event: ev.Event) -> Actions:
+        """Ask hosts to end their turns on shards that others will serve."""
+        for number, _, to in moves:
+            self.shards[number].to = to
+        return [
+            act.ReleaseShards(host=host, shards=numbers, to=to, cause=event.cause)
+            for host, to, numbers in grouped(moves)
+        ]
+
+    @_handle.register
+    def _drain_asked(self, event: ev.DrainAsked) -> Actions:
+        process = self.processes.get(event.process)
+        if process is None or process.kind is not ProcessKind.HOST:
+            known = [p.name for p in self._hosts()]
+            return [act.Refused(error=UnknownProcess(event.process, known), cause=event.cause)]
+        if process.drains:
+            process.drains += (event.cause,)
+            return []
+        if not process.live:
+            return [act.Drained(process=process.name, cause=event.cause)]
+        others = [p for p in self._hosts() if p is not process and not p.drains]
+        if not any(p.state is ProcessState.UP for p in others):
+            return [act.Refused(error=NoOtherHost(process.name), cause=event.cause)]
+        process.drains = (event.cause,)
+        if process.state is ProcessState.UP:
+            return self._ask_release(process, event) + self._finish_drains(event)
+        # It has no turns that could be waited for.
+        return self._stop(process, event) + self._leave(process, event)
+
+    @_handle.register
+    def _host_asked(self, event: ev.HostAsked) -> Actions:
+        process = self.processes.get(event.process)
+        if process is not None and (process.kind is not ProcessKind.HOST or process.live):
+            return []
+        if any(p.kind in NEEDS[ProcessKind.HOST] and not p.live for p in self.processes.values()):
+            return []
+        return self._start(event.process, ProcessKind.HOST, event)
+
+    def _ask_release(self, process: Process, event: ev.Event) -> Actions:
+        """Have a host that is being drained release what it serves.
+
+        What is still on its way to it follows when its Fence is answered: a host asked to
+        release what it has not yet been given would be given it afterwards.
+        """
+        loads = self._takers(prefer_up=True)
+        moves: list[tuple[int, str, str]] = []
+        for number in self._shards_of(process.name):
+            shard = self.shards[number]
+            if shard.state is ShardState.SERVED and not shard.to:
+                to = fewest(loads)
+                loads[to] += 1
+                moves.append((number, process.name, to))
+        return self._release(moves, event)
+
+    def _cancel_drains(self, event: ev.Event) -> Actions:
+        """If nobody is left to take their shards, the hosts being drained keep them."""
+        if self._takers():
+            return []
+        out: Actions = []
+        for process in self._hosts():
+            if process.live:
+                error = NoOtherHost(process.name, "the other hosts were lost meanwhile")
+                out += [act.Refused(error=error, cause=cause) for cause in process.drains]
+                process.drains = ()
+                for shard in self.shards:
+                    shard.left -= {process.name}
+        return out
+
+    def _finish_drains(self, event: ev.Event) -> Actions:
+        """Stop the hosts whose shards are all fenced elsewhere."""
+        out: Actions = []
+        for process in self._hosts():
+            if not process.drains or any(
+                shard.host == process.name or process.name in shard.left for shard in self.shards
+            ):
+                continue
+            out += self._stop(process, event)
+            out += [act.Drained(process=process.name, cause=cause) for cause in process.drains]
+            process.drains = ()
         return out
 
     # ------------------------------------------------------------ slots
@@ -322,12 +567,11 @@ class KernelCore:
         return self._make_room(slot, names, event)
 
     def _usable_devices(self, spec: ModelSpec) -> list[str]:
-        """Devices a model may be on, without those whose process was given up."""
+        """Devices a model may be on, without those whose process is gone for good."""
         return [
             name
             for name in ([spec.device] if spec.device else self.devices)
-            if name in self.devices
-            and self.processes[f"device:{name}"].state is not ProcessState.GIVEN_UP
+            if name in self.devices and self.processes[f"device:{name}"].live
         ]
 
     def _make_room(self, slot: Slot, names: list[str], event: ev.Event) -> Actions:
@@ -461,7 +705,7 @@ class KernelCore:
             del self.launches[launch.request]
             error = UnknownAgent(event.agent)
             out.append(act.Refused(error=error, cause=launch.request))
-        out.append(act.Killed(agent=event.agent, host=entry.host, cause=event.cause))
+        out.append(act.Killed(agent=event.agent, cause=event.cause))
         self._drop_user(event.agent, event)
         return out + self._advance(event)
 
@@ -500,56 +744,79 @@ class KernelCore:
             self.slots[name].asked.pop(agent, None)
 
     def _finish_launch(self, launch: Launch, event: ev.Event) -> Actions:
-        host = self._least_loaded_host()
-        entry = self.agents[launch.agent]
-        if not host:
-            if any(
-                p.kind is ProcessKind.HOST and p.state is not ProcessState.GIVEN_UP
-                for p in self.processes.values()
-            ):
-                return []  # One is coming; ProcessUp goes on here.
-            del self.launches[launch.request]
-            reasons = {p.reason for p in self.processes.values() if p.kind is ProcessKind.HOST}
-            error = HostUnavailable(
-                launch.agent, "; ".join(sorted(reasons)) or "none is configured"
-            )
-            self._drop_user(launch.agent, event)
-            return [act.Refused(error=error, cause=launch.request)]
         del self.launches[launch.request]
-        entry.state, entry.host = AgentState.READY, host
-        epoch = self.processes[host].epoch
-        return [act.Launched(agent=launch.agent, host=host, epoch=epoch, cause=launch.request)]
+        if not any(p.live for p in self._hosts()):
+            self._drop_user(launch.agent, event)
+            error = HostUnavailable(launch.agent, self._why_no_host())
+            return [act.Refused(error=error, cause=launch.request)]
+        self.agents[launch.agent].state = AgentState.READY
+        return [act.Launched(agent=launch.agent, cause=launch.request)]
 
-    def _least_loaded_host(self) -> str:
-        """The host that is not given up and has fewest agents; "" if there is none."""
-        load = {
-            p.name: 0
-            for p in self.processes.values()
-            if p.kind is ProcessKind.HOST and p.state is not ProcessState.GIVEN_UP
-        }
-        for entry in self.agents.values():
-            if entry.host in load:
-                load[entry.host] += 1
-        return min(load, key=lambda name: (load[name], name), default="")
+    def _why_no_host(self) -> str:
+        """Why no host is left."""
+        for process in self.processes.values():
+            if process.kind in NEEDS[ProcessKind.HOST] and not process.live:
+                return f"hosts cannot work without {process.name}, which was given up" + (
+                    f" ({process.reason})" if process.reason else ""
+                )
+        reasons = sorted({p.reason for p in self._hosts() if p.reason})
+        return f"the hosts are stopped or crashed too often: {'; '.join(reasons) or 'none is left'}"
 
     # ------------------------------------------------------------ questions
 
+    def serves(self, agent: str) -> bool:
+        """Whether the agent, or any key of its program, is launched and has its models."""
+        entry = self.agents.get(agent)
+        if entry is None or entry.state is not AgentState.READY:
+            entry = self.agents.get(pattern_of(agent))
+        return entry is not None and entry.state is AgentState.READY
+
     def route(self, agent: str) -> tuple[str, int] | None:
-        """Host and epoch that serve an agent now; None while its host is coming back.
+        """Host and epoch that serve an agent now; None while that is on its way.
 
         Raises:
-            UnknownAgent: nobody of that name is launched.
+            UnknownAgent: neither it nor any key of its program is launched.
             HostUnavailable: no host is left.
         """
-        entry = self.agents.get(agent)
-        if entry is None:
+        if not self.serves(agent):
+            if agent in self.agents or pattern_of(agent) in self.agents:
+                return None
             raise UnknownAgent(agent, self.agents)
-        if entry.state is AgentState.UNREACHABLE:
-            raise HostUnavailable(agent, "its host crashed too often")
-        if entry.state in (AgentState.PENDING, AgentState.MOVING):
+        shard = self.shards[shard_of(agent)]
+        if shard.state is ShardState.UNREACHABLE:
+            raise HostUnavailable(agent, self._why_no_host())
+        process = self.processes[shard.host]
+        if shard.state is ShardState.MOVING or process.state is not ProcessState.UP:
             return None
-        process = self.processes[entry.host]
-        return (entry.host, process.epoch) if process.state is ProcessState.UP else None
+        return process.name, process.epoch
+
+    def spare_host(self) -> str:
+        """Name for one host more: of one that was stopped, else a new one."""
+        hosts = {p.name: p for p in self._hosts()}
+        for name, process in hosts.items():
+            if process.state is ProcessState.STOPPED and not process.drains:
+                return name
+        return next(n for n in map("host:{}".format, range(len(hosts) + 1)) if n not in hosts)
+
+    def epoch_of(self, host: str) -> int:
+        """The epoch under which a host commits now.
+
+        Raises:
+            UnknownProcess: there is no such host.
+        """
+        process = self.processes.get(host)
+        if process is None or process.kind is not ProcessKind.HOST:
+            raise UnknownProcess(host, [p.name for p in self._hosts()])
+        return process.epoch
+
+    def shard_map(self) -> tuple[tuple[str, int], ...]:
+        """For each shard the host that serves it now and its epoch; ("", 0): nobody does."""
+        up = {p.name: (p.name, p.epoch) for p in self._hosts() if p.state is ProcessState.UP}
+        nobody = ("", 0)
+        return tuple(
+            up.get(shard.host, nobody) if shard.state is ShardState.SERVED else nobody
+            for shard in self.shards
+        )
 
     def _current(self, name: str, incarnation: int) -> Process | None:
         """The process, unless the news is about an incarnation that is history."""
@@ -569,9 +836,6 @@ class KernelCore:
                 assert user in self.agents, (slot.name, user)
                 assert slot.name in self.agents[user].models, (slot.name, user)
         for entry in self.agents.values():
-            if entry.state in (AgentState.READY, AgentState.MOVING):
-                assert entry.host in self.processes, entry
-                assert self.processes[entry.host].state is not ProcessState.GIVEN_UP, entry
             for name in entry.models:
                 assert entry.agent in self.slots[name].users, entry
         for launch in self.launches.values():
@@ -581,3 +845,30 @@ class KernelCore:
         assert all(e < self.next_epoch for e in epochs), epochs
         for process in self.processes.values():
             assert (process.restart_at is not None) == (process.state is ProcessState.WAITING)
+        self._validate_shards()
+
+    def _validate_shards(self) -> None:
+        assert len(self.shards) == SHARDS
+        hosts = {p.name: p for p in self._hosts()}
+        for number, shard in enumerate(self.shards):
+            shard.validate()
+            if shard.state is ShardState.UNREACHABLE:
+                assert not any(p.state is ProcessState.UP for p in hosts.values()), number
+                continue
+            assert hosts[shard.host].live, (number, shard)
+            if shard.to:
+                assert shard.to in hosts, (number, shard)
+                assert hosts[shard.host].state is ProcessState.UP, (number, shard)
+            for name in shard.left:
+                assert hosts[name].drains, (number, shard)
+        for process in self.processes.values():
+            if not process.drains:
+                continue
+            assert process.kind is ProcessKind.HOST, process
+            assert process.state in (ProcessState.UP, ProcessState.STOPPED), process
+            assert any(s.host == process.name or process.name in s.left for s in self.shards)
+            if process.live:
+                # Somebody is there to take what it has.
+                assert any(p.live and not p.drains for p in hosts.values()), process
+        if any(p.kind in NEEDS[ProcessKind.HOST] and not p.live for p in self.processes.values()):
+            assert not any(p.live for p in hosts.values())

@@ -25,6 +25,8 @@ class ProcessState(enum.StrEnum):
     """Lost; a restart is due later."""
     GIVEN_UP = "given up"
     """Crashed too often."""
+    STOPPED = "stopped"
+    """Drained, or of no use without a process that was given up. Not restarted."""
 
 
 class AgentState(enum.StrEnum):
@@ -33,10 +35,17 @@ class AgentState(enum.StrEnum):
     PENDING = "pending"
     """Waits for its models."""
     READY = "ready"
+
+
+class ShardState(enum.StrEnum):
+    """How a shard of the agents stands."""
+
+    SERVED = "served"
+    """The store holds the epoch of its host, which serves it whenever it is up."""
     MOVING = "moving"
-    """Given to another host, which may not serve it before the store says so."""
+    """Given to a host, which may not serve it before the store says so."""
     UNREACHABLE = "unreachable"
-    """Its host was given up, and no other is there."""
+    """No host is left."""
 
 
 @dataclass(frozen=True, slots=True)
