@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmos.agents.base import Agent as Agent
+    from llmos.agents.base import migration as migration
     from llmos.agents.base import on as on
+    from llmos.agents.base import on_exit as on_exit
     from llmos.agents.messages import Answer as Answer
     from llmos.agents.messages import Citation as Citation
     from llmos.agents.messages import Question as Question
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from llmos.kernel.manifest import Manifest as Manifest
     from llmos.kernel.settings import Settings as Settings
     from llmos.kernel.system import SystemConfig as SystemConfig
+    from llmos.syscalls.exits import Exited as Exited
     from llmos.syscalls.generate import ChatMessage as ChatMessage
     from llmos.syscalls.messages import Message as Message
     from llmos.syscalls.rules import Fact as Fact
@@ -34,6 +37,7 @@ _WHERE = {
     "ChatMessage": "llmos.syscalls.generate",
     "Citation": "llmos.agents.messages",
     "Context": "llmos.kernel.context",
+    "Exited": "llmos.syscalls.exits",
     "Fact": "llmos.syscalls.rules",
     "Kernel": "llmos.kernel.client",
     "Limits": "llmos.kernel.manifest",
@@ -43,7 +47,9 @@ _WHERE = {
     "Question": "llmos.agents.messages",
     "Settings": "llmos.kernel.settings",
     "SystemConfig": "llmos.kernel.system",
+    "migration": "llmos.agents.base",
     "on": "llmos.agents.base",
+    "on_exit": "llmos.agents.base",
 }
 
 __all__ = sorted([*_WHERE, "__version__"])

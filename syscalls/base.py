@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from llmos.syscalls.labels import Labels, Provenance
+from llmos.syscalls.labels import NO_LABELS, Labels, Provenance
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
         Node,
         Passage,
         RuleBase,
+        Tool,
         Vectors,
     )
+    from llmos.syscalls.deferred import Deferred
     from llmos.syscalls.messages import Envelope, Reply
 
 ResponseT = TypeVar("ResponseT", bound="Response")
@@ -36,13 +38,28 @@ ResponseT = TypeVar("ResponseT", bound="Response")
 class Request(BaseModel, Generic[ResponseT]):
     """A request to the kernel. Immutable."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        arbitrary_types_allowed=True,
+        ser_json_bytes="base64",
+        val_json_bytes="base64",
+        ser_json_inf_nan="constants",
+    )
 
     syscall: ClassVar[str]
     """Its name in capabilities, records and metrics."""
 
-    effect: ClassVar[bool] = False
-    """Whether it changes something outside the turn."""
+    reach: ClassVar[Literal["read", "visible", "deferred", "outside"]] = "read"
+    """What it touches, which decides what must be durable before.
+
+    ``read``: nothing. ``visible``: another agent sees it at once, so all that the turn has
+    read must be durable first. ``deferred``: it happens when the turn commits. ``outside``:
+    a target that the kernel cannot roll back; an intent must be durable first.
+    """
+
+    immediate: ClassVar[bool] = False
+    """Whether its handler never waits, so that it needs no deadline."""
 
     @property
     def resource(self) -> str:
@@ -53,10 +70,16 @@ class Request(BaseModel, Generic[ResponseT]):
 class Response(BaseModel):
     """A result. Immutable, with where it came from and the labels it carries."""
 
-    model_config = ConfigDict(frozen=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True,
+        arbitrary_types_allowed=True,
+        ser_json_bytes="base64",
+        val_json_bytes="base64",
+        ser_json_inf_nan="constants",
+    )
 
     provenance: tuple[Provenance, ...] = ()
-    labels: Labels = Labels()
+    labels: Labels = NO_LABELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +92,15 @@ class Caller:
     turn: str
     chain: tuple[str, ...] = ()
     """Agents that wait for this turn, outermost first."""
-    labels: Labels = Labels()
+    labels: Labels = NO_LABELS
     """What the turn has seen so far."""
+    seq: int = 0
+    """Number of this syscall in its turn: with the turn it names the syscall for ever."""
+    idem_key: str = ""
+    """Of a call outside: the same for every attempt at it, also when its message is handled
+    again in another turn."""
+    again: bool = False
+    """Whether an earlier run of this turn was cut off, and may have made this syscall."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +159,25 @@ class Services(Protocol):
         """Deliver a message and wait for the reply."""
         ...
 
-    def post(self, envelope: Envelope) -> None:
-        """Deliver a message when the turn has committed."""
+    def defer(self, action: Deferred) -> None:
+        """Do something when the turn commits."""
+        ...
+
+    def show(self, turn: str, seq: int, text: str) -> None:
+        """Show a piece of text to whoever waits for the turn; the same ``seq`` again is left
+        out."""
+        ...
+
+    async def subscribers(self, topic: str) -> list[str]:
+        """Agents that want a topic (``tenant/name``)."""
+        ...
+
+    async def tool(self, tenant: str, name: str) -> tuple[Tool, Labels]:
+        """A tool of the system, and what its answers carry.
+
+        Raises:
+            UnknownResource: there is none, or not for this tenant.
+        """
         ...
 
     async def state_of(self, agent: str) -> dict[str, Any]:
@@ -143,6 +190,14 @@ class Services(Protocol):
 
     async def sleep(self, seconds: float) -> None:
         """Wait."""
+        ...
+
+    def next_due(self, cron: str, tz: str) -> float:
+        """When a cron expression is due next, in seconds since 1970.
+
+        Raises:
+            InvalidRequest: the expression or the time zone cannot be read.
+        """
         ...
 
     def random(self) -> float:

@@ -33,6 +33,7 @@ class Now(Request[Instant]):
     """What time is it?"""
 
     syscall: ClassVar[str] = "clock"
+    immediate: ClassVar[bool] = True
 
 
 class Sleep(Request[Slept]):
@@ -47,6 +48,7 @@ class Random(Request[RandomNumber]):
     """Draw a number."""
 
     syscall: ClassVar[str] = "random"
+    immediate: ClassVar[bool] = True
 
 
 @handles(Now)

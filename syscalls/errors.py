@@ -22,6 +22,8 @@ rules, graph and vector errors reach agents as they are::
         │   ├── DeliveryFailed     every host that had the message was lost
         │   └── HandlerFailed      the handler raised
         ├── ReadOnlyTurn           a read-only handler changed the state
+        ├── EffectUnknown          nobody knows whether a tool's call was carried out
+        ├── Quarantined            the agent gets no turns until a person releases it
         └── ServiceUnavailable     what serves this syscall is gone; it is being restarted
 """
 
@@ -198,6 +200,33 @@ class ReadOnlyTurn(SyscallError):
         super().__init__(
             f"Agent {agent}: the read-only handler {handler} {what}",
             remedy="Drop read_only=True, or tell the agent a message whose handler does it",
+        )
+
+
+class EffectUnknown(SyscallError):
+    """A call of a tool may or may not have been carried out, and only a person can find out.
+
+    Until somebody says, the agent gets no turns: it could do the thing twice.
+    """
+
+    def __init__(self, agent: str, turn: str, seq: int, tool: str, idem_key: str) -> None:
+        self.agent, self.turn, self.seq = agent, turn, seq
+        self.tool, self.idem_key = tool, idem_key
+        super().__init__(
+            f"Nobody knows whether the call of tool {tool!r} by {agent} was carried out "
+            f"(idempotency key {idem_key})",
+            remedy=f"Look there, then tell: llmos effects resolve {turn}/{seq}",
+        )
+
+
+class Quarantined(SyscallError):
+    """The agent gets no turns; its messages wait."""
+
+    def __init__(self, agent: str, story: str) -> None:
+        self.agent, self.story = agent, story
+        super().__init__(
+            f"Agent {agent} is quarantined: {story}",
+            remedy=f"When the cause is gone: llmos release {agent}",
         )
 
 

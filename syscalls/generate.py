@@ -55,6 +55,8 @@ class Generate(Request[Generated]):
     """Continue the string as it is, without the chat template."""
     ignore_eos: bool = False
     """Write exactly max_new_tokens; for benchmarks."""
+    prefix: str = Field(default="", max_length=200_000)
+    """What the answer is made to begin with; ``text`` of the response is what follows it."""
 
     @property
     def resource(self) -> str:
@@ -80,6 +82,7 @@ class Generate(Request[Generated]):
                 ignore_eos=self.ignore_eos,
             ),
             tenant=tenant,
+            prefix=self.prefix,
         )
 
 

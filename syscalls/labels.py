@@ -35,6 +35,7 @@ class Labels(BaseModel):
 
     def join(self, *others: Labels) -> Labels:
         """The least labels that are at least each of these."""
+        others = tuple(x for x in others if x is not NO_LABELS and x is not self)
         if not others:
             return self
         all_labels = (self, *others)
@@ -45,9 +46,13 @@ class Labels(BaseModel):
         )
 
 
+NO_LABELS = Labels()
+"""The default of most data: joining it is by far the most frequent case."""
+
+
 def join(labels: Iterable[Labels]) -> Labels:
     """Join any number of labels."""
-    return Labels().join(*labels)
+    return NO_LABELS.join(*labels)
 
 
 class Provenance(BaseModel):
@@ -56,11 +61,12 @@ class Provenance(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     kind: str
-    """``document``, ``graph``, ``rules``, ``model``, ``agent``, ``person``, ``clock``."""
+    """``document``, ``graph``, ``rules``, ``model``, ``agent``, ``tool``, ``person``,
+    ``clock``."""
     source: str
     """Its name there: a document's path, ``graph:node``, a rule base, a model, an agent."""
     version: str = ""
-    """Digest of that source when it was read; for an agent, the turn."""
+    """Digest of that source when it was read; for an agent, the turn; for a tool, the call."""
     span: tuple[int, int] | None = None
     """Characters [start, end) of the source, where it is a text."""
     corpus: str = ""

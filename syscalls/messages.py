@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import uuid
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import core_schema
 
 from llmos.drivers.errors import LlmosError
 from llmos.syscalls.base import Caller, Request, Response, Services, handles
+from llmos.syscalls.deferred import Post
 from llmos.syscalls.errors import InvalidMessage, InvalidRequest, MessageTooLarge
-from llmos.syscalls.labels import Labels, Provenance
+from llmos.syscalls.labels import NO_LABELS, Labels, Provenance, Sensitivity
 
 MAX_MESSAGE_BYTES = 1 << 20
 """Largest body on the wire."""
@@ -70,9 +71,25 @@ class Wire:
         return cls(message.kind(), type(message).__module__, body)
 
     @classmethod
-    def of_json(cls, kind: str, body: dict[str, Any]) -> Wire:
+    def of_json(cls, kind: str, body: dict[str, Any], module: str = "") -> Wire:
         """Encode a message whose class is not at hand."""
-        return cls(kind, "", _pack(body))
+        return cls(kind, module, _pack(body))
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        """In JSON the body is plain data, which people can read."""
+
+        def read(value: Any) -> Wire:
+            return cls(value["kind"], value["module"], _pack(value["body"]))
+
+        def write(wire: Wire) -> dict[str, Any]:
+            return {"kind": wire.kind, "module": wire.module, "body": wire.json()}
+
+        return core_schema.json_or_python_schema(
+            json_schema=core_schema.no_info_plain_validator_function(read),
+            python_schema=core_schema.is_instance_schema(cls),
+            serialization=core_schema.plain_serializer_function_ser_schema(write, when_used="json"),
+        )
 
     def json(self) -> dict[str, Any]:
         """The body as plain data."""
@@ -118,27 +135,87 @@ def _pack(body: dict[str, Any]) -> bytes:
     return packed
 
 
-@dataclass(frozen=True, slots=True)
-class Envelope:
-    """A message on its way."""
+class Envelope(NamedTuple):
+    """A message on its way. (receiver, stream, seq) names it for ever."""
 
     receiver: str
     sender: str
-    """An agent, or ``client:<name>``."""
+    """An agent, ``client:<name>``, ``timer`` or ``exit``."""
     wire: Wire
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """The same for every attempt to deliver it."""
+    stream: str
+    """Who numbers it. Messages of one stream to one receiver are handled in their order."""
+    seq: int
+    asked: bool = False
+    """Whether somebody waits for the reply: an error then goes to them, instead of the
+    message being tried again."""
     deadline_s: float = 60.0
-    """Seconds left when it was handed over."""
+    """Seconds left when it was handed over. Counts only where somebody waits."""
+    priority: int = 0
     chain: tuple[str, ...] = ()
     """Agents waiting for the reply, outermost first."""
-    labels: Labels = Labels()
+    labels: Labels = NO_LABELS
     cause: str = ""
     """``turn/seq`` of the syscall that sent it; empty from outside."""
+    again: bool = False
+    """Whether it may have been delivered before."""
 
-    def with_deadline(self, seconds: float) -> Envelope:
-        """The same envelope with less time."""
-        return replace(self, deadline_s=seconds)
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """What it is deduplicated by."""
+        return self.receiver, self.stream, self.seq
+
+    @property
+    def id(self) -> str:
+        """``stream#seq``: the receiver's turn keeps it as its ``idem_key``."""
+        return f"{self.stream}#{self.seq}"
+
+    def pack(self) -> bytes:
+        """As msgpack, for the store. How long somebody waits is not kept."""
+        labels = self.labels
+        packed = msgpack.packb(
+            (
+                1,
+                self.sender,
+                (self.wire.kind, self.wire.module, self.wire.body),
+                self.asked,
+                self.priority,
+                self.chain,
+                (sorted(labels.tenants), int(labels.sensitivity), labels.trusted),
+                self.cause,
+            )
+        )
+        assert isinstance(packed, bytes)
+        return packed
+
+    @classmethod
+    def unpack(cls, receiver: str, stream: str, seq: int, packed: bytes) -> Envelope:
+        """Out of the store.
+
+        Raises:
+            InvalidMessage: a newer LLM OS wrote it, or it is no envelope.
+        """
+        try:
+            version, *fields = msgpack.unpackb(packed)
+        except (ValueError, TypeError) as error:
+            raise InvalidMessage(receiver, "?", f"its envelope is broken: {error!r}") from None
+        if version != 1:
+            raise InvalidMessage(receiver, "?", f"its envelope has version {version}")
+        sender, wire, asked, priority, chain, labels, cause = fields
+        return cls(
+            receiver,
+            sender,
+            Wire(*wire),
+            stream,
+            seq,
+            asked,
+            priority=priority,
+            chain=tuple(chain),
+            labels=Labels(
+                tenants=frozenset(labels[0]), sensitivity=Sensitivity(labels[1]), trusted=labels[2]
+            ),
+            cause=cause,
+            again=True,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +227,7 @@ class Reply:
     wire: Wire | None = None
     """None: the handler returned nothing."""
     error: LlmosError | None = None
-    labels: Labels = Labels()
+    labels: Labels = NO_LABELS
     provenance: tuple[Provenance, ...] = ()
     elapsed_s: float = 0.0
 
@@ -173,17 +250,19 @@ class Sent(Response):
     """The message will leave when the turn commits."""
 
     message_id: str
+    """``turn/seq`` of this syscall: the receiver's turn has it as its cause."""
 
 
 class Ask(Request[Asked]):
     """Send a message and wait for the reply."""
 
     syscall: ClassVar[str] = "ask"
-    effect: ClassVar[bool] = True
+    reach: ClassVar[Literal["visible"]] = "visible"
 
     agent: str
     message: Wire
-    deadline_s: float = 60.0
+    deadline_s: float = Field(default=60.0, exclude=True)
+    """Not part of the record: when the turn runs again, less is left of it."""
 
     @property
     def resource(self) -> str:
@@ -195,10 +274,13 @@ class Send(Request[Sent]):
     """Send a message and go on."""
 
     syscall: ClassVar[str] = "send"
-    effect: ClassVar[bool] = True
+    reach: ClassVar[Literal["deferred"]] = "deferred"
+    immediate: ClassVar[bool] = True
 
     agent: str
     message: Wire
+    priority: int = Field(default=0, ge=-100, le=100)
+    """Higher is handled first, but never before what this agent sent it earlier."""
 
     @property
     def resource(self) -> str:
@@ -206,22 +288,24 @@ class Send(Request[Sent]):
         return self.agent
 
 
-def _envelope(request: Ask | Send, caller: Caller, deadline_s: float) -> Envelope:
-    return Envelope(
-        receiver=request.agent,
-        sender=caller.agent,
-        wire=request.message,
-        deadline_s=deadline_s,
-        chain=(*caller.chain, caller.agent),
-        labels=caller.labels,
-        cause=caller.turn,
-    )
-
-
 @handles(Ask)
 async def ask(request: Ask, caller: Caller, services: Services) -> Asked:
     """Deliver and wait."""
-    reply = await services.ask(_envelope(request, caller, request.deadline_s))
+    envelope = Envelope(
+        receiver=request.agent,
+        sender=caller.agent,
+        wire=request.message,
+        # A stream for each turn: when the turn runs again, the same question is known again.
+        stream=f"{caller.agent}#{caller.turn}",
+        seq=caller.seq,
+        asked=True,
+        deadline_s=request.deadline_s,
+        chain=(*caller.chain, caller.agent),
+        labels=caller.labels,
+        cause=f"{caller.turn}/{caller.seq}",
+        again=caller.again,
+    )
+    reply = await services.ask(envelope)
     if reply.error is not None:
         raise reply.error
     return Asked(
@@ -238,6 +322,6 @@ async def ask(request: Ask, caller: Caller, services: Services) -> Asked:
 @handles(Send)
 async def send(request: Send, caller: Caller, services: Services) -> Sent:
     """Put it into the turn's outbox."""
-    envelope = _envelope(request, caller, 60.0)
-    services.post(replace(envelope, chain=()))
-    return Sent(message_id=envelope.id)
+    cause = f"{caller.turn}/{caller.seq}"
+    services.defer(Post(request.agent, request.message, cause, request.priority, caller.labels))
+    return Sent(message_id=cause)

@@ -1,8 +1,9 @@
 """A system in one process: real drivers, the kernel's real dispatcher, no Ray.
 
 Agent programs run here as in the kernel, syscall by syscall, with their capabilities
-checked; only placement, durability and scheduling are missing. Useful for tests, and
-for trying a program by hand::
+checked; only placement, durability and scheduling are missing. What a turn leaves to its
+end happens when it has ended well; timers are kept, not fired. Useful for tests, and for
+trying a program by hand::
 
     python -m tests.agents.local examples/clinic-and-bank/system.toml
 """
@@ -10,6 +11,8 @@ for trying a program by hand::
 from __future__ import annotations
 
 import asyncio
+import copy
+import itertools
 import os
 import tomllib
 import uuid
@@ -27,20 +30,22 @@ from llmos.drivers.protocols import (
     GenerationChunk,
     GenerationJob,
     Passage,
-    SyscallRow,
     Vectors,
 )
 from llmos.drivers.registry import driver
-from llmos.kernel.clock import SystemClock
+from llmos.drivers.stores.rows import JournalRow
+from llmos.kernel.clock import SystemClock, next_due
 from llmos.kernel.context import Context
 from llmos.kernel.dispatch import TurnDispatcher
 from llmos.kernel.manifest import Manifest
 from llmos.kernel.program import HandlerSpec, load_program, make_config
 from llmos.kernel.system import SystemConfig
 from llmos.syscalls.base import Hit
+from llmos.syscalls.deferred import Deferred, NoTimer, Post, Subscription, Timer, Watch
 from llmos.syscalls.errors import UnhandledMessage, UnknownAgent, UnknownResource
 from llmos.syscalls.labels import Labels
 from llmos.syscalls.messages import Envelope, Message, Reply, Wire
+from tests.kernel.local import RowLog
 
 Writer = Callable[[str], str]
 """A causal model for unit tests: the prompt's text → the answer."""
@@ -68,11 +73,16 @@ class Turn:
     """What a turn did, for assertions."""
 
     agent: str
-    calls: list[SyscallRow]
+    log: RowLog = field(default_factory=RowLog)
+
+    @property
+    def calls(self) -> list[JournalRow]:
+        """How its syscalls ended, in that order."""
+        return [row for row in self.log.rows if row.phase in ("result", "failed", "unknown")]
 
     def names(self) -> list[str]:
         """Requests, in order: ``Retrieve bank-help``."""
-        return [f"{row.name} {row.resource}".strip() for row in self.calls]
+        return [f"{row.kind} {row.name}".strip() for row in self.calls]
 
 
 class Local:
@@ -130,6 +140,16 @@ class Local:
             )
             for name, rules in system.rules.items()
         }
+        self.timers: dict[tuple[str, str], Timer] = {}
+        """By agent and name; a test delivers what they hold."""
+        self.watched: set[tuple[str, str]] = set()
+        """(watched, watcher)."""
+        self.shown: list[str] = []
+        """What agents have shown to whoever waits."""
+        self._topics: dict[str, list[str]] = {}
+        self._tools: dict[str, Any] = {}
+        self._outbox: list[Deferred] | None = None
+        self._numbers = itertools.count(1)
         self._agents: dict[str, _Agent] = {}
         for agent in system.agents:
             self.launch(agent.program, agent.tenant, agent.key, agent.config)
@@ -160,7 +180,10 @@ class Local:
 
     async def tell(self, agent: str, message: Message, sender: str = "client:test") -> Any:
         """Deliver a message, wait, and return the reply's message."""
-        reply = await self.ask(Envelope(receiver=agent, sender=sender, wire=Wire.of(message)))
+        envelope = Envelope(
+            agent, sender, Wire.of(message), sender, next(self._numbers), asked=True
+        )
+        reply = await self.ask(envelope)
         return reply.message()
 
     async def settle(self) -> None:
@@ -249,10 +272,22 @@ class Local:
         async with held.lock:
             return await self._turn(held, spec, message, envelope)
 
-    def post(self, envelope: Envelope) -> None:
-        task = asyncio.ensure_future(self.ask(envelope))
-        self._posted.add(task)
-        task.add_done_callback(self._posted.discard)
+    def defer(self, action: Deferred) -> None:
+        assert self._outbox is not None, "defer outside a turn"
+        self._outbox.append(action)
+
+    def show(self, turn: str, seq: int, text: str) -> None:
+        self.shown.append(text)
+
+    async def subscribers(self, topic: str) -> list[str]:
+        return list(self._topics.get(topic, ()))
+
+    async def tool(self, tenant: str, name: str) -> tuple[Any, Labels]:
+        self._visible("tool", self.system.tools, name, tenant)
+        table = self.system.tools[name]
+        if name not in self._tools:
+            self._tools[name] = driver("tool", table.driver)(name, table.options)
+        return self._tools[name], table.labels
 
     async def state_of(self, agent: str) -> dict[str, Any]:
         return self._agents[agent].state.model_dump(mode="json")
@@ -266,32 +301,41 @@ class Local:
     def random(self) -> float:
         return self._clock.random()
 
+    def next_due(self, cron: str, tz: str) -> float:
+        return next_due(cron, tz, self.time())
+
     # -- parts
 
     async def _turn(
         self, held: _Agent, spec: HandlerSpec, message: Message, envelope: Envelope
     ) -> Reply:
-        turn = Turn(envelope.receiver, [])
+        turn = Turn(envelope.receiver)
         self.turns.append(turn)
+        outbox: list[Deferred] = []
+        services = copy.copy(self)
+        services._outbox = outbox
         dispatcher = TurnDispatcher(
             agent=envelope.receiver,
             turn=uuid.uuid4().hex,
             chain=envelope.chain,
             manifest=held.manifest,
-            services=self,
+            services=services,
             clock=self._clock,
             deadline_s=min(envelope.deadline_s, held.manifest.limits.turn_deadline_s),
             labels=envelope.labels,
-            recorded=turn.calls.append,
+            log=turn.log,
         )
         before = held.state
         state = before.model_copy(deep=True)
         agent = held.program(state, held.config)
         result = await getattr(agent, spec.method)(message, Context(dispatcher))
+        dispatcher.finish()
         if spec.read_only:
             assert state == before, f"read-only {spec.method} changed the state"
         else:
             held.state = state
+        for action in outbox:
+            self._settle_action(envelope.receiver, action)
         return Reply(
             turn=dispatcher.turn,
             agent=envelope.receiver,
@@ -299,6 +343,32 @@ class Local:
             labels=dispatcher.labels,
             provenance=tuple(dispatcher.provenance),
         )
+
+    def _settle_action(self, agent: str, action: Deferred) -> None:
+        """What a turn has left to its end."""
+        match action:
+            case Post():
+                envelope = Envelope(
+                    *(action.receiver, agent, action.wire, agent, next(self._numbers)),
+                    labels=action.labels,
+                    cause=action.cause,
+                )
+                task = asyncio.ensure_future(self.ask(envelope))
+                self._posted.add(task)
+                task.add_done_callback(self._posted.discard)
+            case Timer():
+                self.timers[agent, action.name] = action
+            case NoTimer():
+                self.timers.pop((agent, action.name), None)
+            case Subscription():
+                wanted = self._topics.setdefault(action.topic, [])
+                if agent in wanted:
+                    wanted.remove(agent)
+                if action.on:
+                    wanted.append(agent)
+            case Watch():
+                change = self.watched.add if action.on else self.watched.discard
+                change((action.agent, agent))
 
     def _model(self, name: str) -> Any:
         if name not in self._engines:

@@ -16,16 +16,18 @@ from llmos.drivers.protocols import (
     GenerationJob,
     Node,
     RuleBase,
+    Tool,
     Vectors,
 )
 from llmos.drivers.rules.memory import MemoryRuleBase
 from llmos.syscalls.base import Caller, Hit
-from llmos.syscalls.errors import UnknownResource
+from llmos.syscalls.deferred import Deferred
+from llmos.syscalls.errors import InvalidRequest, UnknownResource
 from llmos.syscalls.labels import Labels, Sensitivity
 from llmos.syscalls.messages import Envelope, Reply
 
 SECRET = Labels(tenants=frozenset({"acme"}), sensitivity=Sensitivity.CONFIDENTIAL)
-CALLER = Caller(agent="acme/desk/main", tenant="acme", turn="turn-1")
+CALLER = Caller(agent="acme/desk/main", tenant="acme", turn="turn-1", seq=3)
 
 Script = list[GenerationChunk | Exception]
 """What a generation brings: chunks, and at most one error at the end."""
@@ -45,7 +47,10 @@ class FakeServices:
         self.graph = MemoryGraph("things")
         self.rules: dict[str, RuleBase] = {}
         self.asked: list[Envelope] = []
-        self.posted: list[Envelope] = []
+        self.deferred: list[Deferred] = []
+        self.topics: dict[str, list[str]] = {}
+        self.tools: dict[tuple[str, str], Tool] = {}
+        """(tenant, name) → tool."""
         self.reply: Callable[[Envelope], Reply] | None = None
         self.states: dict[str, dict[str, Any]] = {}
         self.slept: list[float] = []
@@ -108,8 +113,16 @@ class FakeServices:
         assert self.reply is not None
         return self.reply(envelope)
 
-    def post(self, envelope: Envelope) -> None:
-        self.posted.append(envelope)
+    def defer(self, action: Deferred) -> None:
+        self.deferred.append(action)
+
+    async def subscribers(self, topic: str) -> list[str]:
+        return self.topics.get(topic, [])
+
+    async def tool(self, tenant: str, name: str) -> tuple[Tool, Labels]:
+        if (tenant, name) not in self.tools:
+            raise UnknownResource("tool", name, [n for t, n in self.tools if t == tenant])
+        return self.tools[tenant, name], Labels(trusted=False)
 
     async def state_of(self, agent: str) -> dict[str, Any]:
         return self.states[agent]
@@ -119,6 +132,13 @@ class FakeServices:
 
     async def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
+
+    def next_due(self, cron: str, tz: str) -> float:
+        if cron == "* * * * *" and tz in ("UTC", "Europe/Berlin"):
+            return self.time() // 60 * 60 + 60
+        if cron == "0 0 29 2 *":
+            return self.time() + 40 * 366 * 86_400
+        raise InvalidRequest("timer", "cron", f"{cron!r} in {tz} cannot be read")
 
     def random(self) -> float:
         return self.chance

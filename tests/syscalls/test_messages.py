@@ -5,12 +5,14 @@ import types
 from dataclasses import replace
 from typing import Any
 
+import msgpack
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import BaseModel, Field, JsonValue
+from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from llmos.drivers.errors import EngineBusy
+from llmos.syscalls.deferred import Post
 from llmos.syscalls.errors import InvalidMessage, InvalidRequest, MessageTooLarge, UnknownAgent
 from llmos.syscalls.labels import Labels, Provenance
 from llmos.syscalls.messages import (
@@ -195,7 +197,8 @@ async def test_ask_hands_over_chain_labels_and_cause_and_joins_the_reply() -> No
     )
     (sent,) = services.asked
     assert sent.chain == ("acme/boss/main", "acme/desk/main")
-    assert (sent.sender, sent.cause, sent.deadline_s) == ("acme/desk/main", "turn-1", 3.0)
+    assert (sent.sender, sent.cause, sent.deadline_s) == ("acme/desk/main", "turn-1/3", 3.0)
+    assert (sent.stream, sent.seq, sent.asked) == ("acme/desk/main#turn-1", 3, True)
     assert sent.labels == Labels(trusted=False)
 
 
@@ -206,16 +209,30 @@ async def test_ask_raises_the_error_of_the_other_turn() -> None:
     assert caught.value.waiting == 9
 
 
-async def test_send_goes_to_the_outbox_and_nobody_waits_for_it() -> None:
+async def test_a_question_asked_again_by_the_same_turn_has_the_same_id() -> None:
+    services = replying(Reply("t", "a/b/c"))
+    for _ in range(2):
+        await ask(Ask(agent="a/b/c", message=Wire.of(Parcel())), CALLER, services)
+    one, two = services.asked
+    assert one.key == two.key == ("a/b/c", "acme/desk/main#turn-1", 3)
+    assert one.id == "acme/desk/main#turn-1#3"
+
+
+async def test_send_is_left_to_the_commit_and_nobody_waits_for_it() -> None:
     services = FakeServices()
-    request = Send(agent="acme/clerk/main", message=Wire.of(Parcel(text="hi")))
+    wire = Wire.of(Parcel(text="hi"))
     caller = replace(CALLER, chain=("acme/boss/main",), labels=SECRET)
-    sent = await send(request, caller, services)
+    sent = await send(Send(agent="acme/clerk/main", message=wire, priority=5), caller, services)
     assert isinstance(sent, Sent)
-    (envelope,) = services.posted
-    assert envelope.id == sent.message_id
-    assert (envelope.chain, envelope.labels) == ((), SECRET)
+    assert sent.message_id == "turn-1/3"
+    assert services.deferred == [Post("acme/clerk/main", wire, "turn-1/3", 5, SECRET)]
     assert not services.asked
+
+
+@pytest.mark.parametrize("priority", [-101, 101])
+def test_a_priority_has_bounds(priority: int) -> None:
+    with pytest.raises(ValidationError):
+        Send(agent="a/b/c", message=Wire.of(Parcel()), priority=priority)
 
 
 def test_a_reply_is_its_message_its_error_or_nothing() -> None:
@@ -225,8 +242,27 @@ def test_a_reply_is_its_message_its_error_or_nothing() -> None:
         Reply("t", "a", error=UnknownAgent("a")).message()
 
 
-def test_envelopes_have_ids_of_their_own_and_keep_them() -> None:
-    one, two = (Envelope("a/b/c", "client:1", Wire.of(Parcel())) for _ in range(2))
-    assert one.id != two.id
-    assert one.with_deadline(1.0).id == one.id
-    assert pickle.loads(pickle.dumps(one)) == one
+def test_an_envelope_comes_back_from_the_store() -> None:
+    sent = Envelope(
+        "a/b/c",
+        "acme/desk/main",
+        Wire.of(Parcel(text="hi")),
+        "acme/desk/main",
+        7,
+        asked=True,
+        deadline_s=3.0,
+        priority=-5,
+        chain=("x/y/z",),
+        labels=SECRET,
+        cause="turn-1/3",
+    )
+    assert pickle.loads(pickle.dumps(sent)) == sent
+    back = Envelope.unpack(sent.receiver, sent.stream, sent.seq, sent.pack())
+    # How long somebody waits is not kept.
+    assert back == sent._replace(deadline_s=60.0, again=True)
+    assert back.wire.message() == Parcel(text="hi")
+
+
+def test_an_envelope_of_a_newer_version_is_refused() -> None:
+    with pytest.raises(InvalidMessage, match="version 2"):
+        Envelope.unpack("a/b/c", "s", 1, msgpack.packb((2, "anything")))
