@@ -5,7 +5,13 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from datetime import datetime
 from typing import Protocol
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from llmos.drivers.errors import LlmosError
+from llmos.kernel.core.cron import Cron
+from llmos.syscalls.errors import InvalidRequest
 
 
 class Clock(Protocol):
@@ -49,3 +55,19 @@ class SystemClock:
     def random(self) -> float:
         """A number in [0, 1)."""
         return self._random.random()
+
+
+def next_due(expression: str, tz: str, now: float) -> float:
+    """When a cron expression is due next after ``now``, in seconds since 1970.
+
+    Raises:
+        InvalidRequest: no such expression or time zone, or it is never due.
+    """
+    try:
+        zone = ZoneInfo(tz)
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise InvalidRequest("timer", "tz", f"no time zone is called {tz!r}") from None
+    try:
+        return Cron.parse(expression).next_after(datetime.fromtimestamp(now, zone)).timestamp()
+    except LlmosError as error:
+        raise InvalidRequest("timer", "cron", str(error)) from None

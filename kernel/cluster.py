@@ -15,13 +15,15 @@ from typing import Any
 import ray
 from pydantic import BaseModel
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llmos.drivers.errors import LlmosError
+from llmos.kernel import nodes
 from llmos.kernel.remote import Handle
 from llmos.kernel.server import KernelServer
 from llmos.kernel.settings import Settings
 from llmos.kernel.system import SystemConfig
-from llmos.kernel.workers import CONCURRENCY, NAMESPACE
+from llmos.kernel.workers import CONCURRENCY, MEMORY_BYTES, NAMESPACE
 
 OBJECT_STORE_BYTES = 256 << 20
 """Of a Ray that we start: messages are small, weights never go through it."""
@@ -217,6 +219,8 @@ class Cluster:
                 return cls(None, authentication)
             temp = Path(tempfile.mkdtemp(prefix="llmos-"))
             try:
+                # Ray's own health checks are left as they are: there is no other node to go
+                # to, and a raylet that is starved for seconds must not end the system.
                 ray.init(
                     "local",
                     include_dashboard=False,
@@ -253,9 +257,13 @@ class Cluster:
             ClusterError: that system runs in this cluster already.
         """
         name = f"kernel:{system.system.name}"
+        home = nodes.here()
         options: dict[str, Any] = {
             "name": name,
+            # Where its folders are; elsewhere if that node is gone when it has to come back.
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(home.id, soft=True),
             "num_cpus": 0,
+            "memory": MEMORY_BYTES,
             "max_concurrency": CONCURRENCY,
             "max_restarts": 0,
         }
@@ -263,7 +271,9 @@ class Cluster:
             # It outlives this process, and comes back by itself: all it knows is in the store.
             options |= {"lifetime": "detached", "max_restarts": -1}
         try:
-            handle: Handle = ray.remote(KernelServer).options(**options).remote(system, settings)
+            handle: Handle = (
+                ray.remote(KernelServer).options(**options).remote(system, settings, home)
+            )
         except ValueError:
             raise ClusterError(
                 f"System {system.system.name!r} runs in this cluster already",

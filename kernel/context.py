@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
-from llmos.syscalls import clock, graph, messages
+from llmos.syscalls import clock, exits, graph, messages, timers, topics
 from llmos.syscalls.base import Request, Response
+from llmos.syscalls.effects import Call, CallResult
 from llmos.syscalls.embed import Embed, Embedded
 from llmos.syscalls.generate import ChatMessage, Generate, Generated
 from llmos.syscalls.labels import Labels
 from llmos.syscalls.messages import Message, Wire
 from llmos.syscalls.retrieve import Retrieve, Retrieved
 from llmos.syscalls.rules import Evaluate, Fact, Verdict
+from llmos.syscalls.show import Show
 from llmos.syscalls.state import ReadState, StateSnapshot
 
 if TYPE_CHECKING:
@@ -57,6 +60,14 @@ class Dispatcher(Protocol):
         """Carry out ``generate``, chunk by chunk."""
         ...
 
+    def patched(self, name: str) -> bool:
+        """Whether this turn runs the code after a change of that name."""
+        ...
+
+
+_IDS = uuid.UUID("5f3c1b0e-6a34-5d0c-9d2b-0f5b8f6c7a11")
+"""Namespace of the ids that :meth:`Context.uuid` makes."""
+
 
 class Context:
     """The syscalls of a turn. Every call may be given ``deadline_s``, else the turn's counts.
@@ -67,6 +78,7 @@ class Context:
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
+        self._ids = 0
         self.log = logging.getLogger("llmos.agent")
         """Structured log; its records carry this agent and turn."""
 
@@ -241,16 +253,151 @@ class Context:
             return wire.decode(reply, self.agent)
         return asked.reply.message() if asked.reply is not None else None
 
-    async def send(self, agent: str, message: Message) -> str:
-        """Tell another agent something when this turn commits; returns the message's id."""
-        sent = await self.call(messages.Send(agent=agent, message=Wire.of(message)))
-        return sent.message_id
+    async def show(self, text: str) -> None:
+        """Show a piece of text to whoever waits for the answer of this turn.
+
+        All that the turn has read is durable before, so that nobody is ever shown one thing
+        and, after a crash, another.
+        """
+        await self.call(Show(text=text))
+
+    async def send(self, agent: str, message: Message, priority: int = 0) -> str:
+        """Tell another agent something; returns the message's id.
+
+        The message becomes durable with this turn's commit: it is then handled once, also
+        after a crash. If the turn fails, it was never sent.
+
+        Args:
+            agent: The receiver.
+            message: What it is told.
+            priority: -100 to 100. Higher is handled first, but never before what this agent
+                sent it earlier.
+        """
+        request = messages.Send(agent=agent, message=Wire.of(message), priority=priority)
+        return (await self.call(request)).message_id
+
+    async def publish(self, topic: str, message: Message, priority: int = 0) -> int:
+        """Send a message to all agents of the tenant that want the topic, except this one.
+
+        The messages become durable with this turn's commit. Who gets it is settled now:
+        a subscription that commits later does not count.
+
+        Returns:
+            How many agents will get it; at most 10,000, more raise InvalidRequest.
+        """
+        request = topics.Publish(topic=topic, message=Wire.of(message), priority=priority)
+        return (await self.call(request)).receivers
+
+    async def subscribe(self, topic: str) -> None:
+        """Get what is published under a topic; begins with this turn's commit, is durable."""
+        await self.call(topics.Subscribe(topic=topic))
+
+    async def unsubscribe(self, topic: str) -> None:
+        """Get no more of a topic; counts from this turn's commit."""
+        await self.call(topics.Unsubscribe(topic=topic))
+
+    async def monitor(self, agent: str) -> None:
+        """Get :class:`~llmos.syscalls.exits.Exited` when an agent is killed or quarantined.
+
+        Begins with this turn's commit and is durable. Only within the tenant: others raise
+        UnknownAgent.
+        """
+        await self.call(exits.Monitor(agent=agent))
+
+    async def demonitor(self, agent: str) -> None:
+        """Watch an agent no more, linked or not; counts from this turn's commit."""
+        await self.call(exits.Demonitor(agent=agent))
+
+    async def link(self, agent: str) -> None:
+        """Be ended with an agent when it is killed or quarantined; as :meth:`monitor`."""
+        await self.call(exits.Link(agent=agent))
 
     async def read_state(self, agent: str, *, deadline_s: float | None = None) -> StateSnapshot:
         """The committed state of another agent."""
         return await self.call(ReadState(agent=agent), deadline_s)
 
+    # -- tools
+
+    async def call_tool(self, tool: str, /, **arguments: Any) -> CallResult:
+        """Call a tool: something outside, whose effects cannot be taken back.
+
+        It happens now and stays done, also if this turn fails later. An intent is durable
+        before it leaves, and the outcome soon after it came: when the turn runs again, the
+        call is not made again, or first found out about. Arguments are plain JSON data. For a deadline of its own
+        use ``call(Call(tool=…, arguments=…), deadline_s)``.
+
+        Raises:
+            ToolRefused, ToolUnavailable: nothing was done.
+            EffectUnknown: nobody knows whether it was done; a person has to say.
+        """
+        return await self.call(Call(tool=tool, arguments=arguments))
+
     # -- time and chance
+
+    async def timer(
+        self,
+        name: str,
+        message: Message,
+        *,
+        after_s: float | None = None,
+        at: float | None = None,
+    ) -> float:
+        """Get a message once: after some seconds, or at a time (seconds since 1970).
+
+        Set with this turn's commit, durable, replaces this agent's timer of that name. At
+        most ten years ahead.
+
+        Returns:
+            When it is due, in seconds since 1970.
+        """
+        request = timers.SetTimer(name=name, message=Wire.of(message), after_s=after_s, at=at)
+        return (await self.call(request)).due
+
+    async def schedule(self, name: str, message: Message, cron: str, tz: str = "UTC") -> float:
+        """Get a message again and again, until :meth:`cancel_timer`.
+
+        Set with this turn's commit, durable, replaces this agent's timer of that name.
+
+        Args:
+            name: 1 to 100 printable characters.
+            message: What it gets.
+            cron: Minute, hour, day, month and day of the week: ``0 9 * * 1-5``.
+            tz: The time zone they are meant in.
+
+        Returns:
+            When it is due first, in seconds since 1970.
+
+        Raises:
+            InvalidRequest: the expression or the time zone cannot be read.
+        """
+        request = timers.SetTimer(name=name, message=Wire.of(message), cron=cron, tz=tz)
+        return (await self.call(request)).due
+
+    async def cancel_timer(self, name: str) -> None:
+        """Forget a timer of this agent, if there is one; counts from this turn's commit."""
+        await self.call(timers.CancelTimer(name=name))
+
+    def uuid(self) -> str:
+        """A unique id, the same again when the turn runs again.
+
+        Made of the turn's id and the number of the id in it, so it needs no record. Not a
+        secret: whoever knows the turn can work it out.
+        """
+        self._ids += 1
+        return str(uuid.uuid5(_IDS, f"{self.turn}/{self._ids}"))
+
+    def patched(self, name: str) -> bool:
+        """Whether this turn runs the code after a change of that name.
+
+        Lets code change while turns are under way: False when the turn began, and recorded
+        syscalls, before the change, True for all others. The answer is recorded::
+
+            if os.patched("ask-twice"):
+                ...  # the new way
+            else:
+                ...  # the old way, until no such turn is left
+        """
+        return self._dispatcher.patched(name)
 
     async def now(self) -> float:
         """Seconds since 1970-01-01 UTC."""

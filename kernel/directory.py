@@ -37,6 +37,12 @@ class Directory:
     devices: Mapping[str, Handle] = field(default_factory=lambda: dict(_EMPTY))
     """By the process's name: ``device:cpu:0``."""
     slots: Mapping[str, SlotRoute] = field(default_factory=dict)
+    hosts: Mapping[str, Handle] = field(default_factory=lambda: dict(_EMPTY))
+    """By the process's name: ``host:0``."""
+    shards: tuple[tuple[str, int], ...] = ()
+    """Of each shard the host that serves it and its epoch; ("", 0) while nobody does."""
+    leaving: frozenset[int] = frozenset()
+    """Shards that their hosts were asked to release, and may have released already."""
 
 
 class DirectoryHolder:

@@ -8,26 +8,60 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import pickle
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
-from llmos.drivers.errors import LlmosError, StaleEpoch, StoreUnavailable
-from llmos.drivers.protocols import AgentRow, Store, StoreWrite, SyscallRow, TurnRow
+from llmos.drivers.errors import LlmosError, StoreUnavailable
+from llmos.drivers.protocols import Store
 from llmos.drivers.registry import driver
-from llmos.kernel import logs
+from llmos.drivers.stores.rows import AgentRow, JournalRow, LaunchRow, Part
+from llmos.kernel import logs, record
 from llmos.kernel.metrics import COMMIT_ROWS, COMMITS, Exported, export
 from llmos.kernel.remote import answers
-from llmos.syscalls.errors import Busy
+from llmos.syscalls.errors import Busy, InvalidRequest
 
 log = logging.getLogger("llmos.journal")
 
+T = TypeVar("T")
+
 MAX_WAITING = 100_000
 """Writes that may wait for a commit; more are answered Busy."""
-MAX_GROUP = 2_000
+MAX_GROUP = 4_000
 """Writes of one transaction: keeps its latency in milliseconds."""
+OPEN_S = 30.0
+"""How long a store that cannot be opened is tried: a predecessor that was just killed may
+hold it a moment longer, and a database may be starting."""
+
+READS = frozenset(
+    {
+        "agent",
+        "agents",
+        "blob",
+        "chain",
+        "chain_end",
+        "count_agents",
+        "dead",
+        "handled",
+        "launches",
+        "mail",
+        "monitors",
+        "shards",
+        "subscribers",
+        "timers",
+        "timers_of",
+        "turn",
+        "turns",
+        "turns_rows",
+        "waiting",
+    }
+)
+"""What may be read from outside this process: methods of the store."""
 
 
 class JournalServer:
@@ -36,22 +70,23 @@ class JournalServer:
     def __init__(self, name: str, store: str, path: str, log_dir: str, log_level: str) -> None:
         logs.configure(Path(log_dir), name, log_level)
         self._name = name
-        self._store: Store = self._open(store, path)
-        self._waiting: list[tuple[Sequence[StoreWrite], asyncio.Future[None]]] = []
+        self._store = self._open(store, path)
+        self._waiting: deque[tuple[Sequence[Part], asyncio.Future[list[LlmosError | None]]]] = (
+            deque()
+        )
         self._count = 0
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
-        # One thread: the store's only writer. Reads share it, so they see what was committed.
-        self._thread = ThreadPoolExecutor(1, "store")
+        # One thread writes; reads have their own, and so never wait for a sync.
+        self._writing = ThreadPoolExecutor(1, "store-write")
+        self._reading = ThreadPoolExecutor(2, "store-read")
         self._writer: asyncio.Task[None] | None = None
 
-    @staticmethod
-    def _open(store: str, path: str) -> Store:
-        """Open the store; a predecessor that was just killed may hold it a moment longer."""
-        until = time.monotonic() + 10.0
+    def _open(self, store: str, path: str) -> Store:
+        until = time.monotonic() + OPEN_S
         while True:
             try:
-                opened: Store = driver("store", store)(Path(path))
+                opened: Store = driver("store", store)(path)
             except StoreUnavailable:
                 if time.monotonic() > until:
                     raise
@@ -74,99 +109,116 @@ class JournalServer:
         return True
 
     @answers
-    async def commit(self, writes: Sequence[StoreWrite]) -> None:
-        """Return when all writes are durable.
+    async def commit(self, parts: Sequence[Part] | bytes) -> list[LlmosError | None]:
+        """Return when all parts are durable or refused; one result for each.
+
+        Args:
+            parts: Parts, or a pickle of them, as a host's committer sends them.
 
         Raises:
-            StaleEpoch, StoreUnavailable: nothing of them was kept.
-            Busy: too many writes are waiting.
+            Busy: too many writes are waiting; nothing was taken.
         """
-        if self._count + len(writes) > MAX_WAITING:
+        if isinstance(parts, bytes):
+            parts = cast(Sequence[Part], pickle.loads(parts))
+        size = sum(len(part) for part in parts)
+        if self._count and self._count + size > MAX_WAITING:
             raise Busy("The journal", self._count, 0.5)
-        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((writes, future))
-        self._count += len(writes)
+        future: asyncio.Future[list[LlmosError | None]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((parts, future))
+        self._count += size
         self._wake.set()
-        await future
+        return await future
 
     async def _write(self) -> None:
-        loop = asyncio.get_running_loop()
         while True:
             await self._wake.wait()
             self._wake.clear()
             while self._waiting:
-                group: list[tuple[Sequence[StoreWrite], asyncio.Future[None]]] = []
+                group = []
                 size = 0
                 while self._waiting and size < MAX_GROUP:
-                    group.append(self._waiting.pop(0))
-                    size += len(group[-1][0])
+                    group.append(self._waiting.popleft())
+                    size += sum(len(part) for part in group[-1][0])
                 self._count -= size
-                results = await loop.run_in_executor(self._thread, self._commit_group, group)
-                for (_, future), error in zip(group, results, strict=True):
-                    if future.cancelled():
-                        continue
-                    if error is None:
-                        future.set_result(None)
-                    else:
-                        future.set_exception(error)
+                parts = [part for some, _ in group for part in some]
+                results = await self._run(self._writing, partial(self._commit, parts))
+                start = 0
+                for some, future in group:
+                    if not future.done():
+                        future.set_result(results[start : start + len(some)])
+                    start += len(some)
 
-    def _commit_group(
-        self, group: list[tuple[Sequence[StoreWrite], asyncio.Future[None]]]
-    ) -> list[LlmosError | None]:
-        """One transaction for all; one each if that fails, so that each gets its own answer."""
+    async def _run(self, executor: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(executor, work)
+
+    def _commit(self, parts: list[Part]) -> list[LlmosError | None]:
+        """One transaction for all. A store that cannot be written refuses them all."""
         started = time.perf_counter()
-        writes = [w for part, _ in group for w in part]
-        results: list[LlmosError | None] = [None] * len(group)
+        results: list[LlmosError | None]
         try:
-            self._store.commit(writes)
-        except Exception:
-            log.debug("a group was refused", exc_info=True)
-            for index, (part, _) in enumerate(group):
-                try:
-                    self._store.commit(part)
-                except (StaleEpoch, StoreUnavailable) as error:
-                    log.warning("commit refused: %s", error)
-                    results[index] = error
-                except Exception as error:
-                    # A write that the store chokes on must not end the writer: everybody
-                    # after it would wait for ever.
-                    log.exception("commit failed")
-                    results[index] = StoreUnavailable(self._name, repr(error))
+            results = list(self._store.commit(parts))
+        except StoreUnavailable as error:
+            log.error("%d parts could not be kept: %s", len(parts), error)
+            results = [error.with_traceback(None)] * len(parts)
+        except Exception as error:
+            # A part that the store chokes on must not end the writer: everybody after it
+            # would wait for ever.
+            log.exception("commit failed")
+            results = [StoreUnavailable(self._name, repr(error), remedy="See: llmos logs")] * len(
+                parts
+            )
         COMMITS.observe(time.perf_counter() - started)
-        COMMIT_ROWS.observe(len(writes))
+        COMMIT_ROWS.observe(sum(len(part) for part in parts))
         return results
 
-    async def _read(self, method: Any, *args: Any, **kwargs: Any) -> Any:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, lambda: method(*args, **kwargs))
+    @answers
+    async def read(self, method: str, *args: Any, **options: Any) -> Any:
+        """Call a reading method of the store; references to blobs are resolved."""
+        if method not in READS:
+            raise InvalidRequest("journal", method, "is no reading method of the store")
+        return await self._run(self._reading, lambda: self._read(method, args, options))
+
+    def _read(self, method: str, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        found = getattr(self._store, method)(*args, **options)
+        if method == "turns_rows":
+            return {turn: self._resolved(rows) for turn, rows in found.items()}
+        if method in ("turn", "turns"):
+            return self._resolved(found)
+        if method == "handled":
+            return self._resolved([found])[0] if found is not None else None
+        return found
+
+    def _resolved(self, rows: list[JournalRow]) -> list[JournalRow]:
+        """Rows with their blobs in place. A chain is not resolved: its hashes are over the rows."""
+        out = []
+        for row in rows:
+            changes: dict[str, Any] = {}
+            for column in ("args", "result"):
+                digest = record.referred(getattr(row, column))
+                if digest is not None:
+                    changes[column] = self._store.blob(digest) or b""
+            out.append(row._replace(**changes) if changes else row)
+        return out
 
     @answers
-    async def agents(self) -> list[AgentRow]:
-        """All registered agents."""
-        rows: list[AgentRow] = await self._read(self._store.agents)
-        return rows
+    async def activate(
+        self, agents: Sequence[str]
+    ) -> list[tuple[LaunchRow | None, AgentRow | None]]:
+        """Launch and row of each agent."""
+
+        def all_of_them() -> list[tuple[LaunchRow | None, AgentRow | None]]:
+            return [(self._store.launch_of(a), self._store.chain_end(a)) for a in agents]
+
+        return await self._run(self._reading, all_of_them)
 
     @answers
-    async def activate(self, agent: str) -> tuple[AgentRow | None, bytes | None]:
-        """Row and state of an agent."""
+    async def backup(self, target: str) -> int:
+        """Write a consistent copy while commits go on; returns its bytes.
 
-        def both() -> tuple[AgentRow | None, bytes | None]:
-            return self._store.agent(agent), self._store.state(agent)
-
-        row: tuple[AgentRow | None, bytes | None] = await self._read(both)
-        return row
-
-    @answers
-    async def turns(self, agent: str | None, limit: int) -> list[TurnRow]:
-        """Newest turns first."""
-        rows: list[TurnRow] = await self._read(self._store.turns, agent=agent, limit=limit)
-        return rows
-
-    @answers
-    async def turn(self, turn: str) -> tuple[TurnRow, list[SyscallRow]] | None:
-        """A turn with its syscalls."""
-        row: tuple[TurnRow, list[SyscallRow]] | None = await self._read(self._store.turn, turn)
-        return row
+        Raises:
+            StoreUnavailable
+        """
+        return await self._run(self._reading, lambda: self._store.backup(Path(target)))
 
     async def metrics(self) -> Exported:
         """This process's metrics."""
@@ -177,5 +229,5 @@ class JournalServer:
         waiting = [future for _, future in self._waiting]
         if waiting:
             await asyncio.wait(waiting)
-        await self._read(self._store.close)
+        await self._run(self._writing, self._store.close)
         self._ended.set()

@@ -17,7 +17,24 @@ from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field
 from llmos.syscalls.errors import InvalidRequest
 
 SYSCALLS = frozenset(
-    {"ask", "clock", "embed", "generate", "graph", "random", "retrieve", "rules", "send", "state"}
+    {
+        "ask",
+        "call",
+        "clock",
+        "embed",
+        "generate",
+        "graph",
+        "monitor",
+        "publish",
+        "random",
+        "retrieve",
+        "rules",
+        "send",
+        "show",
+        "state",
+        "subscribe",
+        "timer",
+    }
 )
 """Names that a capability may begin with."""
 
@@ -61,11 +78,12 @@ class Manifest(BaseModel):
     models: tuple[Annotated[ModelNeed, BeforeValidator(_need)], ...] = ()
     """Models it generates or embeds with: a name, or a ModelNeed."""
     stores: tuple[str, ...] = ()
-    """Corpora, graphs and rule bases that must exist: ``corpus:help``, ``graph:diseases``,
-    ``rules:support``."""
+    """Corpora, graphs, rule bases and tools that must exist: ``corpus:help``,
+    ``graph:diseases``, ``rules:support``, ``tool:booking``."""
     capabilities: tuple[str, ...] = ()
     """What it may call: ``syscall`` or ``syscall:resource``, where the resource may hold
-    ``*``: ``generate:chat``, ``retrieve:help``, ``ask:bank/finance/*``, ``clock``."""
+    ``*``: ``generate:chat``, ``retrieve:help``, ``ask:bank/finance/*``, ``call:booking``,
+    ``clock``."""
     limits: Limits = Limits()
 
     def resolve(self, config: BaseModel) -> Manifest:

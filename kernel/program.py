@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import hashlib
 import importlib
+import inspect
+import json
+import math
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticSerializationError
 
 from llmos.drivers.errors import LlmosError
 from llmos.kernel.manifest import Manifest
@@ -32,11 +38,19 @@ class HandlerSpec(NamedTuple):
     read_only: bool
 
 
+Migration: TypeAlias = Callable[[dict[str, Any]], dict[str, Any]]
+"""Brings a state, as plain JSON data, from one version to the next."""
+
+
 class Program(Protocol):
     """An agent program: a class, called with (state, config) to make an agent."""
 
     manifest: ClassVar[Manifest]
     State: ClassVar[type[BaseModel]]
+    state_version: ClassVar[int]
+    """Schema version of ``State``, from 1."""
+    migrations: ClassVar[dict[int, Migration]]
+    """Version → what brings a state from it to the next."""
     Config: ClassVar[type[BaseModel]]
     handlers: ClassVar[dict[str, HandlerSpec]]
     __name__: str
@@ -52,6 +66,28 @@ class ProgramError(LlmosError):
     def __init__(self, program: str, reason: str, *, remedy: str = "") -> None:
         self.program, self.reason = program, reason
         super().__init__(f"Program {program!r}: {reason}", remedy=remedy)
+
+
+class StateError(LlmosError):
+    """A stored state cannot be made one of the program; it stays in the store as it is."""
+
+    def __init__(self, program: str, version: int, reason: str) -> None:
+        self.program, self.version, self.reason = program, version, reason
+        super().__init__(
+            f"A state of version {version} does not fit program {program!r}: {reason}",
+            remedy="Nothing is lost: correct the program or its migrations, and try again",
+        )
+
+
+class UnstorableState(LlmosError):
+    """A handler left a state that would not come back from the store as it is."""
+
+    def __init__(self, state: str, reason: str) -> None:
+        self.state, self.reason = state, reason
+        super().__init__(
+            f"A state {state} cannot be stored: {reason}",
+            remedy="Keep what has a form in JSON and fits the field's type",
+        )
 
 
 _NEEDED = ("manifest", "State", "Config", "handlers")
@@ -118,6 +154,133 @@ def make_config(program: str, loaded: Program, config: Mapping[str, Any]) -> Bas
         raise ProgramError(
             program, f"config.{where}: {first['msg']}", remedy=f"Its fields: {fields}"
         ) from None
+
+
+def load_state(name: str, program: Program, data: bytes | None, version: int) -> BaseModel:
+    """Make a state of what was stored, through the program's migrations.
+
+    Args:
+        name: ``module:Class``, for errors.
+        program: The program.
+        data: What :func:`pack_state` made; None for an agent that has none yet.
+        version: The ``state_version`` that it was stored with; without data it says nothing.
+
+    Raises:
+        StateError: a newer program wrote it, a migration is missing or fails, it does not fit
+            ``State``, or ``State`` has no default for a field. Nothing is changed.
+    """
+    if data is None:
+        try:
+            return program.State()
+        except ValidationError as error:
+            reason = f"a new one needs defaults: {_first(error)}"
+            raise StateError(name, program.state_version, reason) from None
+    if version > program.state_version:
+        raise StateError(name, version, f"the program knows versions up to {program.state_version}")
+    try:
+        if version < program.state_version:
+            data = _migrated(name, program, data, version)
+        return program.State.model_validate_json(data)
+    except ValidationError as error:
+        raise StateError(name, version, _first(error)) from None
+
+
+def _migrated(name: str, program: Program, data: bytes, version: int) -> bytes:
+    try:
+        state = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise StateError(name, version, f"it is no JSON: {error}") from None
+    for at in range(version, program.state_version):
+        migration = program.migrations.get(at)
+        if migration is None:
+            raise StateError(name, version, f"no migration from version {at}")
+        try:
+            state = migration(state)
+        except Exception as error:
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            raise StateError(
+                name,
+                version,
+                f"the migration from version {at} raised {error!r} "
+                f"at {last.filename}:{last.lineno}",
+            ) from error
+        if not isinstance(state, dict):
+            raise StateError(
+                name,
+                version,
+                f"the migration from version {at} returned {type(state).__name__}, not dict",
+            )
+    try:
+        return json.dumps(state).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise StateError(name, version, f"the migrations made no JSON: {error}") from None
+
+
+def pack_state(state: BaseModel) -> bytes:
+    """A state as JSON, for the store.
+
+    It is read back and compared: a state that is stored must be one that can be loaded.
+
+    Raises:
+        UnstorableState: a value has no form in JSON (NaN, lone surrogates, objects), or does
+            not fit its field.
+    """
+    name = type(state).__qualname__
+    try:
+        packed = state.model_dump_json(warnings=False).encode()
+        back = type(state).model_validate_json(packed)
+        # Unlike, but of one form: a tuple where the field says list. Only NaN and infinity have
+        # the form of something else, null.
+        same = back == state or (
+            _finite(state.model_dump(warnings=False))
+            and back.model_dump(mode="json") == state.model_dump(mode="json", warnings=False)
+        )
+    except ValidationError as error:
+        raise UnstorableState(name, _first(error)) from None
+    except (PydanticSerializationError, TypeError, ValueError, RecursionError) as error:
+        raise UnstorableState(name, str(error)) from None
+    if not same:
+        changed = [
+            field
+            for field in type(state).model_fields
+            if getattr(back, field, None) != getattr(state, field, None)
+        ]
+        raise UnstorableState(name, f"it comes back otherwise: {', '.join(changed) or 'extra'}")
+    return packed
+
+
+def _finite(value: Any) -> bool:
+    """Whether there is no NaN and no infinity in it."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    if isinstance(value, Mapping):
+        return all(_finite(v) for v in value.values())
+    if isinstance(value, list | tuple | set | frozenset):
+        return all(_finite(v) for v in value)
+    return True
+
+
+def _first(error: ValidationError) -> str:
+    """The first mistake, in one line."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the state'}: {first['msg']}"
+
+
+@functools.lru_cache(maxsize=1024)
+def code_version(program: type[Any] | Program) -> str:
+    """What names the code of a program: 16 hex digits.
+
+    The beginning of the sha256 of its module's source file as it was when this was first
+    asked in this process, so ask when the program is loaded; without such a file, of the
+    class's qualified name.
+    """
+    module = sys.modules.get(program.__module__)
+    source = f"{program.__module__}:{getattr(program, '__qualname__', program.__name__)}".encode()
+    with contextlib.suppress(TypeError, OSError):
+        file = inspect.getsourcefile(module) if module is not None else None
+        if file is not None:
+            source = Path(file).read_bytes()
+    return hashlib.sha256(source).hexdigest()[:16]
 
 
 MAX_IMPORTS = 8

@@ -35,6 +35,17 @@ the edge, so calls through handles are untyped here and typed in the classes tha
 
 log = logging.getLogger("llmos.remote")
 
+SHUTDOWN = "shutdown"
+"""What cancels the turns of a host that closes: their messages stay where they are."""
+MOVE = "a move"
+"""What cancels the turns of an agent that another host has taken over."""
+
+
+def put_down(cancelled: asyncio.CancelledError) -> bool:
+    """Whether a turn was cancelled only to go on elsewhere: what it has asked of others goes
+    on, too, and it will ask for that again."""
+    return bool(cancelled.args) and cancelled.args[0] in (SHUTDOWN, MOVE)
+
 
 class ProcessGone(ServiceUnavailable):
     """The process that was asked is dead or cut off; it may or may not have acted."""
@@ -84,8 +95,9 @@ async def call(ref: Awaitable[Any], what: str, timeout_s: float | None = None) -
     except TimeoutError:
         cancel(ref)
         raise DeadlineExceeded(what, timeout_s or 0.0) from None
-    except asyncio.CancelledError:
-        cancel(ref)
+    except asyncio.CancelledError as cancelled:
+        if not put_down(cancelled):
+            cancel(ref)
         raise
     except RayActorError as error:
         final = not isinstance(error, ActorUnavailableError)

@@ -7,53 +7,74 @@ import contextlib
 import logging
 import os
 from collections.abc import Coroutine
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
-from llmos.drivers.devices.precision import Precision, resolve_precision
+from llmos.drivers.devices.precision import Precision
 from llmos.drivers.errors import LlmosError
-from llmos.drivers.models.footprint import predict_footprint
-from llmos.drivers.models.store import ModelStore
-from llmos.drivers.protocols import AgentDelete, AgentRow, AgentWrite, DeviceInfo, EngineOptions
+from llmos.drivers.protocols import DeviceInfo
+from llmos.drivers.stores.rows import (
+    DropLaunch,
+    LaunchRow,
+    MailRow,
+    MonitorRow,
+    Part,
+    PutLaunch,
+    PutMail,
+    SetHold,
+    TakeShards,
+    Write,
+)
 from llmos.kernel import logs, workers
 from llmos.kernel.clock import Clock, SystemClock
 from llmos.kernel.core import actions as act
 from llmos.kernel.core import events as ev
 from llmos.kernel.core.errors import KernelError
-from llmos.kernel.core.slots import SlotState
+from llmos.kernel.core.placement import Node
+from llmos.kernel.core.restarts import RestartPolicy
 from llmos.kernel.core.state import KernelCore
-from llmos.kernel.core.types import DeviceSpec, ModelSpec, ProcessKind, ProcessState
-from llmos.kernel.directory import Directory, SlotRoute
+from llmos.kernel.core.types import DeviceSpec, ProcessKind, ProcessState
+from llmos.kernel.inventory import Inventory
+from llmos.kernel.looking import Looking
 from llmos.kernel.manifest import Manifest
-from llmos.kernel.metrics import AGENTS, MEMORY, RESTARTS, Exported, MetricsEndpoint, export, render
+from llmos.kernel.metrics import RESTARTS, MetricsEndpoint
+from llmos.kernel.nodes import NodeDrain, Nodes
 from llmos.kernel.program import ProgramError
 from llmos.kernel.remote import Handle, ProcessGone, answers, call
 from llmos.kernel.router import Location
 from llmos.kernel.settings import Settings
+from llmos.kernel.slots import Slots
 from llmos.kernel.system import AgentTable, SystemConfig
 from llmos.syscalls.errors import DeadlineExceeded, UnknownAgent
+from llmos.syscalls.exits import Exited
+from llmos.syscalls.messages import Envelope, Wire
 
 log = logging.getLogger("llmos.kernel")
 
 PING_S = 2.0
 """How often a process is asked whether it answers."""
+RELEASE_S = 10.0
+"""What a host gets to end its turns on shards that it gives away."""
 START_S = 120.0
 """A process that has not come up after so long is killed."""
 
 
-class KernelServer:
+class KernelServer(Inventory, Slots, Looking, NodeDrain):
     """The control plane of one system. A Ray actor."""
 
-    def __init__(self, system: SystemConfig, settings: Settings) -> None:
+    def __init__(self, system: SystemConfig, settings: Settings, home: Node | None = None) -> None:
         self._system = system
         self._settings = settings
         self._run = settings.runs_dir / system.system.name
         logs.configure(self._run / "logs", "kernel", settings.log_level)
         self._clock: Clock = SystemClock()
-        self._core = KernelCore()
+        restarts = system.restarts
+        self._core = KernelCore(
+            policy=RestartPolicy(intensity=restarts.intensity, window_s=restarts.window_s)
+        )
+        self._nodes = Nodes(home, file=system.store.driver == "sqlite")
         self._handles: dict[str, Handle] = {}
         self._kinds: dict[str, ProcessKind] = {}
         self._infos: dict[str, DeviceInfo] = {}
@@ -63,11 +84,14 @@ class KernelServer:
         self._model_errors: dict[str, LlmosError] = {}
         self._manifests: dict[str, Manifest] = {}
         self._programs: dict[str, AgentTable] = {}
+        self._launches: dict[str, LaunchRow] = {}
         self._requests: dict[str, asyncio.Future[Any]] = {}
         self._routes_changed = asyncio.Condition()
         self._version = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._fences: dict[str, asyncio.Task[None]] = {}
+        self._stopping: set[str] = set()
+        """Processes that are stopped on purpose: their end is no loss."""
         self._rows = asyncio.Lock()
         """Held while the store's rows of agents are changed: launch, kill and fence read
         and write them in several steps."""
@@ -76,6 +100,10 @@ class KernelServer:
         self._closing = False
         self._self: Handle = None
         self._started_at = self._clock.time()
+        if workers.restarted():
+            # Nobody may ask for long, but timers are due and mail waits. (Ray runs this method
+            # in the actor's loop.)
+            self._spawn(self._booted())
 
     # ---------------------------------------------------------------- boot
 
@@ -90,13 +118,14 @@ class KernelServer:
         return await self._status()
 
     async def _booted(self) -> None:
-        """Boot once, whoever asks first: a kernel actor that Ray restarted is asked by anybody."""
+        """Boot once, whoever asks first; one that Ray restarted asks itself."""
         if self._booting is None:
             self._booting = asyncio.create_task(self._boot())
         await asyncio.shield(self._booting)
 
     async def _boot(self) -> None:
         self._self = workers.this_actor()
+        await self._nodes.start()
         if self._system.system.metrics_port is not None:
             self._serve_metrics(self._system.system.metrics_port)
         devices = await asyncio.to_thread(self._find_devices)
@@ -117,78 +146,6 @@ class KernelServer:
         self._spawn(self._keep_pinging())
         await self._wait_up()
         await self._recover()
-
-    def _find_devices(self) -> list[DeviceInfo]:
-        from llmos.drivers.devices.discover import discover
-        from llmos.drivers.errors import DeviceUnavailable
-
-        found = {i.name: i for i in discover()}
-        if not self._system.devices:
-            infos = list(found.values())
-        else:
-            infos = []
-            for table in self._system.devices:
-                info = found.get(table.name)
-                if info is None:
-                    raise DeviceUnavailable(
-                        table.name, "this machine has none", remedy="Devices: " + ", ".join(found)
-                    )
-                infos.append(
-                    DeviceInfo(
-                        name=info.name,
-                        kind=info.kind,
-                        total_bytes=info.total_bytes,
-                        budget_bytes=int(table.memory or info.budget_bytes),
-                        threads=table.threads or info.threads,
-                        product=info.product,
-                        compute_capability=info.compute_capability,
-                    )
-                )
-        self._infos = {i.name: i for i in infos}
-        return infos
-
-    def _find_models(self) -> list[ModelSpec]:
-        """Models whose files are there; what is wrong with the others is kept for who asks."""
-        store = ModelStore(self._settings.models_dir)
-        embedders = {c.embedder for c in self._system.corpora.values()}
-        specs = []
-        for name, table in self._system.models.items():
-            size = 0
-            if table.needs_files:
-                try:
-                    files = store.get(table.source)
-                except LlmosError as error:
-                    self._model_errors[name] = error
-                    log.error("model %s: %s", name, error)
-                    continue
-                self._digests[name], self._paths[name] = files.digest, files.path
-                info = self._infos.get(table.device or "") or self._default_device()
-                self._dtypes[name] = resolve_precision(table.dtype, table.engine, info)
-                size = predict_footprint(
-                    files.path,
-                    kind=table.kind,
-                    dtype=self._dtypes[name],
-                    kv_tokens=table.kv_tokens,
-                    max_batch_tokens=table.max_batch_tokens,
-                    max_batch_texts=table.max_batch_texts,
-                ).total_bytes
-            else:
-                self._digests[name] = table.engine
-            specs.append(
-                ModelSpec(
-                    name=name,
-                    kind=table.kind,
-                    size_bytes=size,
-                    pinned=name in embedders,
-                    threads=table.threads,
-                    device=table.device,
-                )
-            )
-        return specs
-
-    def _default_device(self) -> DeviceInfo:
-        """Where a model goes that is not told where: to a GPU if there is one."""
-        return max(self._infos.values(), key=lambda i: (i.kind == "cuda", i.budget_bytes))
 
     async def _wait_up(self) -> None:
         """Until every process serves or was given up; an essential one given up is an error."""
@@ -217,8 +174,9 @@ class KernelServer:
         keeps its state and gets the new program or configuration.
         """
         declared = {agent_id(table): table for table in self._system.agents}
-        rows: list[AgentRow] = await self._journal("agents")
+        rows: list[LaunchRow] = await self._read("launches")
         for row in rows:
+            self._launches[row.agent] = row
             tenant, _, key = row.agent.split("/", 2)
             table = AgentTable(
                 program=row.program, tenant=tenant, key=key, config=msgpack.unpackb(row.config)
@@ -256,7 +214,7 @@ class KernelServer:
         for need in manifest.models:
             if need.name in self._model_errors:
                 raise self._model_errors[need.name]
-        packed = _pack_config(table)
+        packed = pack_config(table)
         request = f"launch:{agent}:{os.urandom(4).hex()}"
         event = ev.LaunchAsked(
             now=self._clock.monotonic(),
@@ -265,30 +223,23 @@ class KernelServer:
             models=tuple((n.name, int(n.memory) if n.memory else None) for n in manifest.models),
         )
         left = max(until - self._clock.monotonic(), 0.001)
-        launched: act.Launched = await self._request(request, event, left)
+        await self._request(request, event, left)
         try:
             async with self._rows:
-                while True:
-                    # Its host may have been restarted meanwhile, under another epoch.
-                    epoch = self._epoch_of(agent)
-                    row = AgentRow(agent, table.program, packed, epoch, self._clock.time())
-                    await self._journal("commit", [AgentWrite(row)])
-                    if self._epoch_of(agent) == epoch:
-                        break
+                before = self._launches.get(agent)
+                if before is None or (before.program, before.config) != (table.program, packed):
+                    # Who was launched before keeps what it has, and gets the new program.
+                    launch = before.id if before is not None else os.urandom(8).hex()
+                    row = LaunchRow(agent, table.program, packed, launch, self._clock.time())
+                    await self._commit([[PutLaunch(row)]])
+                    self._launches[agent] = row
         except BaseException:
             # Also when the asker has gone: what nobody was told of must not hold the name.
             self._apply(ev.KillAsked(now=self._clock.monotonic(), cause=request, agent=agent))
             raise
         self._manifests[agent], self._programs[agent] = manifest, table
-        log.info("launched %s on %s", agent, launched.host)
+        log.info("launched %s", agent)
         return self._agent(agent)
-
-    def _epoch_of(self, agent: str) -> int:
-        """The epoch of the host that an agent is given to."""
-        entry = self._core.agents.get(agent)
-        if entry is None or not entry.host:
-            raise UnknownAgent(agent)  # It was killed in this very moment.
-        return self._core.processes[entry.host].epoch
 
     async def _request(self, request: str, event: ev.AnyEvent, timeout_s: float) -> Any:
         """Hand the core an event and wait for the action that answers it."""
@@ -331,7 +282,7 @@ class KernelServer:
             raise DeadlineExceeded("waiting for a host", timeout_s) from None
         return first()
 
-    async def _journal(self, method: str, *args: Any) -> Any:
+    async def _journal(self, method: str, *args: Any, **options: Any) -> Any:
         """Call the journal; waits while it is being restarted.
 
         Raises:
@@ -343,7 +294,9 @@ class KernelServer:
                     handle = self._handles.get("journal")
                     if handle is not None:
                         with contextlib.suppress(ProcessGone):
-                            return await call(getattr(handle, method).remote(*args), "the journal")
+                            return await call(
+                                getattr(handle, method).remote(*args, **options), "the journal"
+                            )
 
                     def is_back(lost: Handle = handle) -> bool:
                         return self._handles.get("journal") not in (None, lost)
@@ -352,6 +305,16 @@ class KernelServer:
                         await self._routes_changed.wait_for(is_back)
         except TimeoutError:
             raise DeadlineExceeded(f"the journal ({method})", 30.0) from None
+
+    async def _read(self, method: str, *args: Any, **options: Any) -> Any:
+        """Call a reading method of the store."""
+        return await self._journal("read", method, *args, **options)
+
+    async def _commit(self, parts: list[Part]) -> None:
+        """Make parts durable; raises why the first one that was refused was."""
+        for error in await self._journal("commit", parts):
+            if error is not None:
+                raise error
 
     @answers
     async def kill(self, agent: str) -> dict[str, Any]:
@@ -362,22 +325,64 @@ class KernelServer:
         """
         await self._booted()
         agent = self._resolve(agent)
+        if agent not in self._core.agents:
+            raise UnknownAgent(agent, self._core.agents)  # One of a pattern: kill that.
         request = f"kill:{agent}:{os.urandom(4).hex()}"
         # The row first: what comes in from now on does not find the agent in the store.
         async with self._rows:
-            await self._journal("commit", [AgentDelete(agent)])
+            told = await self._exit_notices(agent, "killed", "")
+            await self._commit([[DropLaunch(agent), *told]])
             event = ev.KillAsked(now=self._clock.monotonic(), cause=request, agent=agent)
-            killed: act.Killed = await self._request(request, event, 30.0)
-            self._manifests.pop(agent, None)
-            self._programs.pop(agent, None)
-        handle = self._handles.get(killed.host)
-        if handle is not None:
+            await self._request(request, event, 30.0)
+            for known in (self._manifests, self._programs, self._launches):
+                known.pop(agent, None)
+        for name, handle in list(self._handles.items()):
+            if self._kinds[name] is not ProcessKind.HOST:
+                continue
             try:
-                await call(handle.drop.remote(agent, "a kill"), killed.host, 10.0)
+                await call(handle.drop.remote(agent, "a kill"), name, 10.0)
             except LlmosError as error:
-                log.warning("%s may go on with a turn of %s: %s", killed.host, agent, error)
+                log.warning("%s may go on with a turn of %s: %s", name, agent, error)
+        self._hint_all()
         log.info("killed %s", agent)
         return {"agent": agent}
+
+    @answers
+    async def ended(self, agent: str, reason: str, story: str) -> None:
+        """A host has quarantined an agent: whoever watches it gets a message."""
+        told = await self._exit_notices(agent, reason, story)
+        if told:
+            await self._commit([told])
+            self._hint_all()
+
+    async def _exit_notices(self, agent: str, reason: str, story: str) -> list[Write]:
+        """Messages for those who watch an agent; those linked to it are held with it."""
+        watchers: list[MonitorRow] = await self._read("monitors", agent)
+        seq = int(self._clock.time() * 1000)
+        out: list[Write] = []
+        for watcher in watchers:
+            envelope = Envelope(
+                receiver=watcher.watcher,
+                sender="exit",
+                wire=Wire.of(Exited(agent=agent, reason=reason, story=story)),
+                stream=f"exit:{agent}",
+                seq=seq,
+            )
+            if watcher.linked:
+                why = f"it is linked to {agent}, which was {reason}"
+                out.append(SetHold(watcher.watcher, "quarantined", why))
+                for name, handle in self._handles.items():
+                    if self._kinds[name] is ProcessKind.HOST:
+                        handle.hold.remote(watcher.watcher, "quarantined", why)
+            row = MailRow(watcher.watcher, envelope.stream, seq, envelope.pack())
+            out.append(PutMail(row))
+        return out
+
+    def _hint_all(self) -> None:
+        """There is new mail in the store for somebody."""
+        for name, handle in self._handles.items():
+            if self._kinds[name] is ProcessKind.HOST:
+                handle.hint.remote()
 
     @answers
     async def locate(
@@ -423,7 +428,7 @@ class KernelServer:
         return self._resolve(agent)
 
     def _resolve(self, agent: str) -> str:
-        if agent in self._core.agents:
+        if agent in self._core.agents or (agent.count("/") == 2 and self._core.serves(agent)):
             return agent
         parts = [a for a in self._core.agents if agent in (a.rsplit("/", 1)[0], *a.split("/"))]
         if len(parts) == 1:
@@ -446,7 +451,8 @@ class KernelServer:
                 self._kinds[action.process] = action.kind
                 self._spawn(self._watch(action))
             case act.Fence():
-                self._fences[action.host] = self._spawn(self._fence(action))
+                before = self._fences.get(action.host)
+                self._fences[action.host] = self._spawn(self._fence(action, before))
             case act.LoadSlot():
                 self._spawn(self._load(action))
             case act.UnloadSlot():
@@ -455,9 +461,13 @@ class KernelServer:
                 for name, handle in self._handles.items():
                     if self._kinds[name] is ProcessKind.DEVICE:
                         handle.forget.remote(action.client)
-            case act.Launched() | act.Killed():
+            case act.Launched() | act.Killed() | act.Drained():
                 self._answer(action.cause, action)
                 self._spawn(self._announce())
+            case act.ReleaseShards():
+                self._spawn(self._release(action))
+            case act.StopProcess():
+                self._spawn(self._stop_process(action))
             case act.Refused():
                 self._answer(action.cause, action.error)
             case act.RoutesChanged():
@@ -487,10 +497,19 @@ class KernelServer:
         try:
             if name in self._fences:
                 await self._fences.pop(name)
+            self._stopping.discard(name)
+            where = await self._nodes.choose(name, action.kind)
             handle = workers.start(
-                action, self._system, self._settings, self._run, self._infos, self._self
+                action, self._system, self._settings, self._run, self._infos, self._self, where
             )
             ready = await call(handle.ready.remote(), name, START_S)
+            if name in self._stopping:
+                workers.kill(handle)  # Stopped while it was starting.
+                self._nodes.gone(name)
+                await self._announce()
+                return
+            node = await call(workers.node_of(handle), name, START_S)
+            self._nodes.put(name, action.kind, node)
             log.info("%s is up (incarnation %d)", name, action.incarnation)
             self._handles[name] = handle
             if isinstance(ready, DeviceInfo):
@@ -506,16 +525,22 @@ class KernelServer:
             )
             await self._announce()
             await call(handle.lifeline.remote(), name)
+            reason = "it was closed"
         except LlmosError as error:
             reason = str(error)
         except Exception as error:
             # A bug of ours or of Ray: the process counts as lost, and the log has the rest.
             log.exception("watching %s", name)
             reason = repr(error)
-        if self._closing:
+        if self._closing or name in self._stopping:
+            self._nodes.gone(name)
+            await self._announce()
             return
+        if self._core.processes[name].incarnation != action.incarnation:
+            return  # It was stopped, and has been started anew: that one is watched by itself.
         RESTARTS.labels(process=name).inc()
         self._handles.pop(name, None)
+        self._nodes.gone(name)
         if handle is not None:
             # It may be alive: too slow to start, or cut off. Two of them must not be.
             workers.kill(handle)
@@ -527,117 +552,60 @@ class KernelServer:
                 process=name,
                 incarnation=action.incarnation,
                 reason=reason,
+                chance=self._clock.random(),
             )
         )
         await self._announce()
 
-    async def _fence(self, action: act.Fence) -> None:
-        """Raise the epoch of a host's agents in the store: older owners can commit no more."""
-        async with self._rows:
-            writes = []
-            for agent in action.agents:
-                row, _ = await self._journal("activate", agent)
-                if row is not None:
-                    writes.append(AgentWrite(replace(row, epoch=action.epoch)))
-            await self._journal("commit", writes)
+    async def _fence(self, action: act.Fence, before: asyncio.Task[None] | None) -> None:
+        """Give shards to a host in the store: owners before it can commit no more."""
+        if before is not None and not before.done():
+            await asyncio.wait([before])
+        await self._commit([[TakeShards(action.shards, action.epoch)]])
         self._apply(
             ev.Fenced(
                 now=self._clock.monotonic(),
                 cause=action.cause,
                 host=action.host,
-                agents=action.agents,
+                epoch=action.epoch,
+                shards=action.shards,
             )
         )
 
-    async def _load(self, action: act.LoadSlot) -> None:
-        table = self._system.models[action.slot]
-        options = EngineOptions(
-            model=action.slot,
-            path=self._paths.get(action.slot, Path()),
-            dtype=self._dtypes.get(action.slot, "float32"),
-            threads=action.threads,
-            kv_tokens=table.kv_tokens,
-            max_batch_tokens=table.max_batch_tokens,
-            max_batch_texts=table.max_batch_texts,
-            max_waiting=table.max_waiting,
-        )
-        handle = self._handles.get(f"device:{action.device}")
-        if handle is None:
-            return  # It died meanwhile; the core hears of that and decides again.
-        try:
-            measured = await call(
-                handle.load.remote(table.engine, table.kind, options), f"loading {action.slot}"
-            )
-        except ProcessGone:
-            return
-        except LlmosError as error:
-            event: ev.AnyEvent = ev.SlotFailed(
-                now=self._clock.monotonic(), cause=action.cause, slot=action.slot, error=error
-            )
-        else:
-            event = ev.SlotLoaded(
+    async def _release(self, action: act.ReleaseShards) -> None:
+        """Let a host end its turns on shards that another one is to have."""
+        handle = self._handles.get(action.host)
+        if handle is not None:
+            try:
+                await call(
+                    handle.release.remote(action.shards, RELEASE_S),
+                    action.host,
+                    2 * RELEASE_S + 5.0,
+                )
+            except LlmosError as error:
+                log.warning("%s did not release its shards: %s", action.host, error)
+        self._apply(
+            ev.ShardsReleased(
                 now=self._clock.monotonic(),
                 cause=action.cause,
-                slot=action.slot,
-                measured_bytes=measured,
+                host=action.host,
+                shards=action.shards,
+                to=action.to,
             )
-        self._apply(event)
-        await self._announce()
+        )
 
-    async def _unload(self, action: act.UnloadSlot) -> None:
-        handle = self._handles.get(f"device:{action.device}")
+    async def _stop_process(self, action: act.StopProcess) -> None:
+        self._stopping.add(action.process)
+        handle = self._handles.pop(action.process, None)
+        await self._announce()
         if handle is None:
             return
-        try:
-            await call(handle.unload.remote(action.slot), f"unloading {action.slot}")
-        except ProcessGone:
-            return  # The core hears that its device is lost.
-        except LlmosError as error:
-            log.error("unloading %s: %s", action.slot, error)
-        self._apply(
-            ev.SlotUnloaded(now=self._clock.monotonic(), cause=action.cause, slot=action.slot)
-        )
+        args = (1.0,) if self._kinds[action.process] is ProcessKind.HOST else ()
+        await self._close(action.process, handle.close.remote(*args), 5.0)
+        workers.kill(handle)
+        if self._core.processes[action.process].state is ProcessState.STOPPED:
+            self._nodes.gone(action.process)
         await self._announce()
-
-    async def _announce(self) -> None:
-        """Tell every process who serves what, and wake who waits for a route."""
-        self._version += 1
-        slots: dict[str, SlotRoute] = {}
-        for name, table in self._system.models.items():
-            slot = self._core.slots.get(name)
-            error = self._model_errors.get(name)
-            if slot is not None and slot.state is SlotState.FAILED:
-                # A device that is being restarted will load it again: let them wait.
-                device_lost = any(
-                    p.kind is ProcessKind.DEVICE and p.state is not ProcessState.UP
-                    for p in self._core.processes.values()
-                )
-                error = None if device_lost else slot.error
-            resident = slot is not None and slot.state is SlotState.READY
-            device = slot.device if slot is not None and resident else None
-            process = self._core.processes.get(f"device:{device}")
-            slots[name] = SlotRoute(
-                table.kind,
-                device,
-                self._digests.get(name, ""),
-                error,
-                process.incarnation if process else 0,
-            )
-        directory = Directory(
-            version=self._version,
-            kernel=self._self,
-            journal=self._handles.get("journal"),
-            knowledge=self._handles.get("knowledge"),
-            devices={
-                n: h for n, h in self._handles.items() if self._kinds[n] is ProcessKind.DEVICE
-            },
-            slots=slots,
-        )
-        for name, handle in list(self._handles.items()):
-            if self._kinds[name] in (ProcessKind.HOST, ProcessKind.KNOWLEDGE):
-                handle.directory.remote(directory)
-        async with self._routes_changed:
-            self._routes_changed.notify_all()
 
     async def _keep_pinging(self) -> None:
         """Kill what no longer answers: a hung process holds up its agents for ever."""
@@ -669,164 +637,6 @@ class KernelServer:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
             log.error("a task of the kernel failed", exc_info=task.exception())
-
-    def _measure(self) -> None:
-        MEMORY.clear()
-        for device, account in self._core.ledger.accounts.items():
-            for owner, reservation in account.reservations.items():
-                MEMORY.labels(device=device, owner=owner).set(reservation.held_bytes)
-            MEMORY.labels(device=device, owner="free").set(account.free_bytes)
-        counts: dict[str, int] = {}
-        for entry in self._core.agents.values():
-            counts[entry.state.value] = counts.get(entry.state.value, 0) + 1
-        for state in ("pending", "ready", "unreachable"):
-            AGENTS.labels(state=state).set(counts.get(state, 0))
-
-    # ---------------------------------------------------------------- looking
-
-    def _agent(self, agent: str) -> dict[str, Any]:
-        entry = self._core.agents[agent]
-        table = self._programs.get(agent)
-        manifest = self._manifests.get(agent)
-        return {
-            "agent": agent,
-            "program": table.program if table else "",
-            "state": entry.state.value,
-            "host": entry.host,
-            "models": list(entry.models),
-            "capabilities": list(manifest.capabilities) if manifest else [],
-            "description": manifest.description if manifest else "",
-        }
-
-    @answers
-    async def ps(self) -> list[dict[str, Any]]:
-        """All agents."""
-        await self._booted()
-        return [self._agent(agent) for agent in sorted(self._core.agents)]
-
-    @answers
-    async def status(self) -> dict[str, Any]:
-        """Processes, devices with memory by owner, slots, knowledge."""
-        await self._booted()
-        return await self._status()
-
-    async def _status(self) -> dict[str, Any]:
-        core = self._core
-        knowledge: dict[str, Any] = {"corpora": {}, "graphs": {}}
-        statistics: dict[str, Any] = {}
-        for name, handle in list(self._handles.items()):
-            try:
-                if name == "knowledge":
-                    knowledge = await call(handle.status.remote(), name, 5.0)
-                elif self._kinds[name] in (ProcessKind.HOST, ProcessKind.DEVICE):
-                    statistics[name] = await call(handle.statistics.remote(), name, 5.0)
-            except LlmosError as error:
-                log.warning("status of %s: %s", name, error)
-        return {
-            "system": self._system.system.name,
-            "started_at": self._started_at,
-            "run": str(self._run),
-            "processes": [
-                {
-                    "name": p.name,
-                    "state": p.state.value,
-                    "incarnation": p.incarnation,
-                    "pid": statistics.get(p.name, {}).get("pid"),
-                    "reason": p.reason,
-                }
-                for p in core.processes.values()
-            ],
-            "devices": [
-                {
-                    "name": name,
-                    "kind": spec.kind,
-                    "product": self._infos[name].product,
-                    "threads": spec.threads,
-                    "capacity_bytes": spec.capacity_bytes,
-                    "free_bytes": core.ledger.free_bytes(name),
-                    "used_bytes": statistics.get(f"device:{name}", {}).get("used_bytes"),
-                    "owners": {
-                        o: {"reserved": r.reserved_bytes, "measured": r.committed_bytes}
-                        for o, r in core.ledger.accounts[name].reservations.items()
-                    },
-                }
-                for name, spec in core.devices.items()
-            ],
-            "slots": [
-                {
-                    "model": s.name,
-                    "source": self._system.models[s.name].source,
-                    "state": s.state.value,
-                    "device": s.device,
-                    "threads": s.threads,
-                    "predicted_bytes": s.size_bytes,
-                    "measured_bytes": s.measured_bytes,
-                    "users": len(s.users),
-                    "error": str(s.error) if s.error else None,
-                    "statistics": _statistics(
-                        statistics.get(f"device:{s.device}", {}).get("slots", {}).get(s.name)
-                    ),
-                }
-                for s in core.slots.values()
-            ],
-            "missing_models": {n: str(e) for n, e in self._model_errors.items()},
-            "knowledge": knowledge,
-            "hosts": {n: s for n, s in statistics.items() if n.startswith("host")},
-            "agents": len(core.agents),
-            "metrics_port": self._endpoint.port if self._endpoint else None,
-        }
-
-    @answers
-    async def knowledge(self) -> dict[str, Any]:
-        """Corpora and graphs: what is ready, and how far the others are.
-
-        Raises:
-            ProcessGone: the knowledge process is being restarted.
-        """
-        await self._booted()
-        handle = self._handles.get("knowledge")
-        if handle is None:
-            raise ProcessGone("knowledge", "it is being restarted", final=False)
-        found: dict[str, Any] = await call(handle.status.remote(), "knowledge", 10.0)
-        return found
-
-    async def metrics(self) -> str:
-        """Prometheus text of all processes."""
-        return render(await self._exports())
-
-    async def _exports(self) -> list[Exported]:
-        exports: list[Exported] = [export("kernel")]
-        for name, handle in list(self._handles.items()):
-            with contextlib.suppress(LlmosError):
-                exports.append(await call(handle.metrics.remote(), name, 5.0))
-        return exports
-
-    def _serve_metrics(self, port: int) -> None:
-        loop = asyncio.get_running_loop()
-
-        def gather() -> list[Exported]:
-            return asyncio.run_coroutine_threadsafe(self._exports(), loop).result(30.0)
-
-        try:
-            self._endpoint = MetricsEndpoint(port, gather)
-        except OSError as error:
-            raise KernelError(
-                f"metrics_port = {port}: {error}", remedy="Choose another port, or 0 for a free one"
-            ) from None
-        log.info("metrics at http://127.0.0.1:%d/metrics", self._endpoint.port)
-
-    @answers
-    async def turns(self, agent: str | None, limit: int) -> Any:
-        """Newest turns first."""
-        if agent is not None:
-            with contextlib.suppress(UnknownAgent):
-                agent = self._resolve(agent)
-        return await self._journal("turns", agent, limit)
-
-    @answers
-    async def turn(self, turn: str) -> Any:
-        """A turn with its syscalls."""
-        return await self._journal("turn", turn)
 
     # ---------------------------------------------------------------- ending
 
@@ -870,11 +680,7 @@ def agent_id(table: AgentTable) -> str:
     return f"{table.tenant}/{kebab}/{table.key}"
 
 
-def _statistics(statistics: Any) -> dict[str, Any] | None:
-    return asdict(statistics) if statistics is not None else None
-
-
-def _pack_config(table: AgentTable) -> bytes:
+def pack_config(table: AgentTable) -> bytes:
     """A configuration as it is stored.
 
     Raises:

@@ -7,33 +7,44 @@ on the process that replaces a lost one; the dispatcher's deadline ends the tryi
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
 from llmos.drivers.errors import EngineFailed, LlmosError
 from llmos.drivers.protocols import (
-    AgentRow,
     Edge,
     GenerationChunk,
     GenerationJob,
     Node,
     RuleBase,
+    Tool,
     Vectors,
 )
 from llmos.drivers.registry import driver
-from llmos.kernel import record
-from llmos.kernel.clock import Clock
+from llmos.drivers.stores.rows import AgentRow, LaunchRow
+from llmos.kernel.clock import Clock, next_due
 from llmos.kernel.directory import DirectoryHolder
 from llmos.kernel.remote import Handle, ProcessGone, call
 from llmos.kernel.router import Router
+from llmos.kernel.shown import Shown
+from llmos.kernel.system import ToolTable
 from llmos.syscalls.base import Hit
-from llmos.syscalls.errors import ServiceUnavailable, UnknownAgent
+from llmos.syscalls.deferred import Deferred
+from llmos.syscalls.errors import (
+    DeadlineExceeded,
+    ServiceUnavailable,
+    UnknownAgent,
+    UnknownResource,
+)
 from llmos.syscalls.labels import Labels
 from llmos.syscalls.messages import Envelope, Reply
 
 log = logging.getLogger("llmos.services")
 
+READ_S = 30.0
+"""Longest wait for the store to be read: a journal that was lost is back much sooner."""
 POLL_S = 10.0
 """Longest wait of one long poll."""
 
@@ -114,19 +125,27 @@ class RemoteServices:
     """The services of one host."""
 
     def __init__(
-        self, client: str, directory: DirectoryHolder, clock: Clock, router: Router
+        self,
+        client: str,
+        directory: DirectoryHolder,
+        clock: Clock,
+        router: Router,
+        tools: Mapping[str, ToolTable] | None = None,
     ) -> None:
         self._client = client
         self._directory = directory
         self._clock = clock
         self._router = router
+        self._tables = tools or {}
         self._links: dict[str, tuple[int, DeviceLink]] = {}
         """By device, with the incarnation of its process. One link each: two polls of one
         client would share its chunks between them."""
         self._rules: dict[tuple[str, str], tuple[RuleBase, Labels]] = {}
-        self._outbox: list[Envelope] | None = None
+        self._tools: dict[str, Tool] = {}
+        self.shown = Shown()
+        self._outbox: list[Deferred] | None = None
 
-    def for_turn(self, outbox: list[Envelope]) -> RemoteServices:
+    def for_turn(self, outbox: list[Deferred]) -> RemoteServices:
         """The same services with an outbox of their own."""
         turn = object.__new__(RemoteServices)
         turn.__dict__.update(self.__dict__)
@@ -222,11 +241,13 @@ class RemoteServices:
 
     async def check_stores(self, tenant: str, stores: Sequence[str]) -> None:
         """Whether a program's stores are there; rule bases are read at once."""
-        await self._knowledge("check", tenant, list(stores))
+        await self._knowledge("check", tenant, [s for s in stores if not s.startswith("tool:")])
         for store in stores:
             kind, _, name = store.partition(":")
             if kind == "rules":
                 await self.rule_base(tenant, name)
+            elif kind == "tool":
+                await self.tool(tenant, name)
 
     async def rule_base(self, tenant: str, name: str) -> tuple[RuleBase, Labels]:
         """A rule base, read once per host: rules are evaluated where the turn runs."""
@@ -243,24 +264,77 @@ class RemoteServices:
         """Deliver a message and wait for the reply."""
         return await self._router.ask(envelope)
 
-    def post(self, envelope: Envelope) -> None:
-        """Put a message into the turn's outbox; it leaves when the turn has committed."""
-        assert self._outbox is not None, "post outside a turn"
-        self._outbox.append(envelope)
+    def defer(self, action: Deferred) -> None:
+        """Leave something to the commit of the turn."""
+        assert self._outbox is not None, "defer outside a turn"
+        self._outbox.append(action)
+
+    def show(self, turn: str, seq: int, text: str) -> None:
+        """Show a piece of text to whoever waits for the turn."""
+        self.shown.put(turn, seq, text)
+
+    async def subscribers(self, topic: str) -> list[str]:
+        """Agents that want a topic."""
+        found: list[str] = await self.read_store("subscribers", topic)
+        return found
 
     async def state_of(self, agent: str) -> dict[str, Any]:
         """Last committed state of an agent."""
-        row, state = await self.stored(agent)
-        if row is None:
+        ((launch, row),) = await self.stored([agent])
+        if launch is None:
             raise UnknownAgent(agent)
-        return record.unpack(state) if state else {}
+        state: dict[str, Any] = json.loads(row.state) if row is not None and row.state else {}
+        return state
 
-    async def stored(self, agent: str) -> tuple[AgentRow | None, bytes | None]:
-        """Row and committed state of an agent."""
-        found: tuple[AgentRow | None, bytes | None] = await self._service(
-            "journal", "activate", agent
+    async def stored(self, agents: list[str]) -> list[tuple[LaunchRow | None, AgentRow | None]]:
+        """Launch and row of each agent."""
+        found: list[tuple[LaunchRow | None, AgentRow | None]] = await self._service(
+            "journal", "activate", agents
         )
         return found
+
+    async def read_store(self, method: str, *args: Any, **options: Any) -> Any:
+        """Call a reading method of the store, in the journal's process.
+
+        Raises:
+            StoreUnavailable, and DeadlineExceeded if the journal does not come back.
+        """
+        try:
+            async with asyncio.timeout(READ_S):
+                while True:
+                    version = self._directory.current.version
+                    journal = await self._directory.service("journal")
+                    try:
+                        return await call(
+                            journal.read.remote(method, *args, **options), f"journal ({method})"
+                        )
+                    except ProcessGone:
+                        await self._directory.newer(version)
+        except TimeoutError:
+            raise DeadlineExceeded(f"reading the store ({method})", READ_S) from None
+
+    # -- tools
+
+    async def tool(self, tenant: str, name: str) -> tuple[Tool, Labels]:
+        """A tool of the system, made once per host, and what its answers carry."""
+        table = self._tables.get(name)
+        if table is None or table.tenant not in (None, tenant):
+            known = [n for n, t in self._tables.items() if t.tenant in (None, tenant)]
+            raise UnknownResource("tool", name, known)
+        made = self._tools.get(name)
+        if made is None:
+            # In a thread: it may import the user's code, or read certificates.
+            make = driver("tool", table.driver)
+            fresh: Tool = await asyncio.to_thread(make, name, table.options)
+            made = self._tools.setdefault(name, fresh)
+            if made is not fresh:
+                await fresh.close()
+        return made, table.labels
+
+    async def close(self) -> None:
+        """Release the tools' connections."""
+        for tool in self._tools.values():
+            await tool.close()
 
     # -- time and chance
 
@@ -275,3 +349,7 @@ class RemoteServices:
     def random(self) -> float:
         """A number in [0, 1)."""
         return self._clock.random()
+
+    def next_due(self, expression: str, tz: str) -> float:
+        """When a cron expression is due next."""
+        return next_due(expression, tz, self._clock.time())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,6 +44,10 @@ def _name(value: str) -> str:
             "a name is 1 to 63 of a-z, 0-9, '.', '_' and '-', and begins with a-z or 0-9"
         )
     return value
+
+
+def _key(value: str) -> str:
+    return value if value == "*" else _name(value)
 
 
 def _sensitivity(value: Any) -> Any:
@@ -125,11 +130,9 @@ class ModelTable(_Table):
         return self.engine in ("causal", "encoder")
 
 
-class _Resource(_Table):
+class _Owned(_Table):
     tenant: Name | None = None
     """Whose it is; without one, every tenant may be given it."""
-    path: Path
-    """Relative to the system file."""
     sensitivity: SensitivityName = Sensitivity.INTERNAL
     trusted: bool = True
 
@@ -141,6 +144,11 @@ class _Resource(_Table):
             sensitivity=self.sensitivity,
             trusted=self.trusted,
         )
+
+
+class _Resource(_Owned):
+    path: Path
+    """Relative to the system file."""
 
 
 def _driver(kind: str) -> AfterValidator:
@@ -174,13 +182,76 @@ class RulesTable(_Resource):
     driver: Annotated[str, _driver("rules")] = "clips"
 
 
+class ToolTable(_Owned):
+    """``[tools.NAME]``: something outside that agents may call."""
+
+    driver: Annotated[str, _driver("tool")]
+    trusted: bool = False
+    """What it answers comes from outside."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """``[tools.NAME.options]``: the driver's own; checked when the tool is made."""
+
+
+class MailboxesTable(_Table):
+    """``[mailboxes]``: when the kernel gives up on a message."""
+
+    attempts: int = Field(default=5, ge=1)
+    """Turns that a message may fail in before it becomes a dead letter."""
+    deaths: int = Field(default=2, ge=1)
+    """Hosts that may be lost with a message in them before it becomes a dead letter."""
+
+
+class RestartsTable(_Table):
+    """``[restarts]``: when the kernel gives up on one of its processes."""
+
+    intensity: int = Field(default=3, ge=1)
+    """Losses within ``window_s`` after which it is still restarted; one more, and it is given
+    up."""
+    window_s: float = Field(default=60.0, gt=0, allow_inf_nan=False)
+    """How long a loss counts. Each one that does makes the next restart wait longer."""
+
+
+class StoreTable(_Table):
+    """``[store]``: where everything durable is."""
+
+    driver: Literal["sqlite", "postgres"] = "sqlite"
+    url: str | None = None
+    """PostgreSQL's address, ``postgresql://…``, or ``env:NAME`` to read it from the
+    environment, so that no password stands in the file."""
+
+    def address(self, environment: Mapping[str, str]) -> str | None:
+        """The address itself; None for SQLite, whose file is in the run folder.
+
+        Raises:
+            SystemFileError: the environment variable is not set, or holds no such address.
+        """
+        if self.url is None or not self.url.startswith("env:"):
+            return self.url
+        name = self.url.removeprefix("env:")
+        found = environment.get(name, "")
+        if not _POSTGRES.match(found):
+            raise SystemFileError(
+                "system.toml",
+                f"the environment variable {name} "
+                + ("holds no postgresql:// address" if found else "is not set"),
+                field="store.url",
+                remedy=f"Set {name} to the address of the database",
+            )
+        return found
+
+
+_POSTGRES = re.compile(r"postgres(ql)?://\S+$")
+
+
 class AgentTable(_Table):
     """``[[agents]]``: an agent to launch."""
 
     program: str
     """``module:Class``; the module may stand beside the system file."""
     tenant: Name
-    key: Name = "main"
+    key: Annotated[str, AfterValidator(_key)] = "main"
+    """``*`` launches every agent of the program: each key is an agent of its own, and comes
+    into being with its first message."""
     config: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -194,6 +265,10 @@ class SystemConfig(_Table):
     corpora: dict[Name, CorpusTable] = Field(default_factory=dict)
     graphs: dict[Name, GraphTable] = Field(default_factory=dict)
     rules: dict[Name, RulesTable] = Field(default_factory=dict)
+    tools: dict[Name, ToolTable] = Field(default_factory=dict)
+    mailboxes: MailboxesTable = MailboxesTable()
+    restarts: RestartsTable = RestartsTable()
+    store: StoreTable = StoreTable()
     agents: tuple[AgentTable, ...] = ()
     base: Path = Path()
     """Folder of the file; relative paths start here. Not written in the file."""
@@ -209,6 +284,13 @@ class SystemConfig(_Table):
                     f"no encoder is called {corpus.embedder!r}; "
                     f"encoders here: {', '.join(encoders) or 'none'}",
                 )
+        url = self.store.url
+        if self.store.driver == "postgres" and url is None:
+            raise _at(("store", "url"), 'postgres needs one: "postgresql://…" or "env:NAME"')
+        if self.store.driver != "postgres" and url is not None:
+            raise _at(("store", "url"), f"{self.store.driver} takes none")
+        if url is not None and not (_POSTGRES.match(url) or re.fullmatch(r"env:\w+", url)):
+            raise _at(("store", "url"), "begins with postgresql://, or is env:NAME")
         names = [d.name for d in self.devices]
         for index, device in enumerate(names):
             if device in names[:index]:

@@ -5,14 +5,17 @@ Plain classes become actors here and nowhere else.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from llmos.drivers.protocols import DeviceInfo
 from llmos.kernel.core.actions import StartProcess
+from llmos.kernel.core.placement import Place
 from llmos.kernel.core.types import ProcessKind
 from llmos.kernel.device import DeviceServer
 from llmos.kernel.host import HostServer
@@ -25,6 +28,11 @@ from llmos.kernel.system import SystemConfig
 NAMESPACE = "llmos"
 """Ray namespace of all our actors."""
 
+MEMORY_BYTES = 1
+"""Asked of Ray for each actor. One that asks for nothing is placed by a node drawn at random,
+which may have joined just now and not know the node that we name; one that asks for something is
+placed by the node of whoever starts it."""
+
 CONCURRENCY = 10_000
 """Calls that an actor may have in progress: all are coroutines, and each has its own bound."""
 
@@ -36,6 +44,7 @@ def start(
     run: Path,
     infos: Mapping[str, DeviceInfo],
     kernel: Handle,
+    where: Place,
 ) -> Handle:
     """Start a process. Its actor dies with the kernel actor, which owns it."""
     log_dir, level = str(run / "logs"), settings.log_level
@@ -45,13 +54,17 @@ def start(
         "max_task_retries": 0,
         "max_concurrency": CONCURRENCY,
         "num_cpus": 0,
+        "memory": MEMORY_BYTES,
         "namespace": NAMESPACE,
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(where.node, soft=not where.hard),
     }
     name = action.process
     match action.kind:
         case ProcessKind.JOURNAL:
             cls: type[Any] = JournalServer
-            args: tuple[Any, ...] = (name, "sqlite", str(run / "store.db"), log_dir, level)
+            store = system.store
+            path = store.address(os.environ) or str(run / "store.db")
+            args: tuple[Any, ...] = (name, store.driver, path, log_dir, level)
         case ProcessKind.KNOWLEDGE:
             cls = KnowledgeServer
             args = (name, system, str(settings.home / "cache" / "indexes"), log_dir, level)
@@ -65,7 +78,7 @@ def start(
             args = (name, info.kind, index, info.budget_bytes, info.threads, log_dir, level)
         case ProcessKind.HOST:
             cls = HostServer
-            args = (name, action.epoch, kernel, str(system.base), log_dir, level)
+            args = (name, action.epoch, kernel, system, log_dir, level)
     handle: Handle = ray.remote(cls).options(**options).remote(*args)
     return handle
 
@@ -73,6 +86,20 @@ def start(
 def kill(handle: Handle) -> None:
     """End a process at once."""
     ray.kill(handle, no_restart=True)
+
+
+def _node(server: Any) -> str:
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def node_of(handle: Handle) -> Any:
+    """Ask an actor for the id of the node it is on."""
+    return handle.__ray_call__.remote(_node)
+
+
+def restarted() -> bool:
+    """Whether the actor this runs in was lost before, and was started again by Ray."""
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def this_actor() -> Handle:

@@ -116,7 +116,7 @@ def test_every_driver_of_the_table_has_its_module(key: tuple[str, str]) -> None:
 
 def test_the_table_is_sorted_and_unknown_drivers_are_named() -> None:
     assert list(registry.TABLE) == sorted(registry.TABLE)
-    with pytest.raises(LlmosError, match="memory, sqlite"):
+    with pytest.raises(LlmosError, match="memory, postgres, sqlite"):
         registry.driver("store", "papyrus")
 
 
@@ -171,6 +171,9 @@ def value(parameter: inspect.Parameter) -> Any:
         "object": {"any": "thing"},
         "Iterable[str]": ["b", "a"],
         "Sequence[str]": ["b", "a"],
+        "Mapping[str, str]": {"any": "thing"},
+        "tuple[str, str, str]": ("some kind", "some name", "{}"),
+        "Iterable[tuple[int, str, str]]": [(7, "some kind", "some name")],
     }
     return known[text]
 

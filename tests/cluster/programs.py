@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from llmos import Agent, Context, Limits, Manifest, Message, on
 from llmos.kernel.manifest import ModelNeed
 from llmos.syscalls.errors import CapabilityDenied
+from llmos.syscalls.generate import Generate
 from llmos.syscalls.rules import Fact
 
 
@@ -168,3 +169,19 @@ class Greedy(Worker):
     """Asks for more memory than any device has."""
 
     manifest = Manifest(models=(ModelNeed(name="chat", memory="64GiB"),))
+
+
+class Narrator(Worker):
+    """Shows what the model writes while it writes."""
+
+    manifest = Manifest(models=("chat",), capabilities=("generate:chat", "show", "clock"))
+
+    @on(Say, read_only=True)
+    async def say(self, message: Say, os: Context) -> Said:
+        said = ""
+        request = Generate(model="chat", prompt=message.text, raw=True, max_new_tokens=64)
+        async for piece in os.stream(request):
+            await os.show(piece)
+            await os.sleep(0.05)
+            said += piece
+        return Said(text=said, pid=system.getpid())

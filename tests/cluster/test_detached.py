@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,7 +38,13 @@ def test_a_killed_kernel_comes_back_with_its_agents_and_their_state(detached: Ke
     agent = detached.launch(p.Worker, tenant="acme")
     assert detached.ask(agent, p.Count(by=5), p.Counted).total == 5
     (kernel,) = own_processes("ray::KernelServer")
+    hosts = {p.pid for p in own_processes("ray::HostServer")}
     kernel.kill()
+    # It boots without being asked: timers are due and mail waits.
+    until = time.monotonic() + 60
+    while not {p.pid for p in own_processes("ray::HostServer")} - hosts:
+        assert time.monotonic() < until
+        time.sleep(0.2)
     # Counts nothing: the answer of a host that dies with its kernel is asked for again, and
     # only the journal's deduplication (a later step) will make that count once.
     assert detached.ask(agent, p.Count(by=0), p.Counted, deadline_s=90).total == 5

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 from llmos.kernel import metrics
+from tests.kernel import durable, programs
+from tests.kernel.machine import SYSTEM, Machine
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +37,31 @@ def _logger_as_it_was() -> Iterator[None]:
             logger.addHandler(handler)
     logger.setLevel(level)
     logger.propagate = propagate
+
+
+@pytest.fixture
+async def actors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Machine]:
+    """A little kernel with agents ``acme/actor/*`` that do what a test says."""
+    monkeypatch.setattr("llmos.kernel.turnlog.FLUSH_S", 0.001)
+    monkeypatch.setattr("llmos.kernel.turns.STORE_RETRY_S", 0.02)
+    monkeypatch.setattr("llmos.kernel.inbox.STORE_RETRY_S", 0.02)
+    monkeypatch.setattr("llmos.kernel.timers.LOOK_S", 0.02)
+    programs.GATES.clear()
+    durable.SCRIPTS.clear()
+    durable.SEEN.clear()
+    made = Machine(tmp_path, SYSTEM + durable.SYSTEM)
+    for name, options in (
+        ("keyed", {"idempotent": True, "queryable": False}),
+        ("asked", {"idempotent": False, "queryable": True}),
+        ("plain", {"idempotent": False, "queryable": False}),
+    ):
+        made.tools[name] = durable.Bank(name, **options)
+    await made.start()
+    await made.register("acme/actor/*", durable.PROGRAM)
+    yield made
+    for event in programs.GATES.values():
+        event.set()
+    await made.stop()
 
 
 def sample(name: str, **labels: str) -> float:

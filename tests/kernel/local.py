@@ -14,6 +14,9 @@ from typing import Any
 
 from ray.exceptions import RayActorError
 
+from llmos.drivers.stores.rows import JournalRow
+from llmos.kernel.turnlog import TurnLog
+
 _ALIVE: dict[int, LocalHandle] = {}
 _numbers = itertools.count()
 
@@ -37,6 +40,28 @@ async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None
     async with asyncio.timeout(timeout_s):
         while not condition():  # noqa: ASYNC110 - for what has no event to wait for
             await asyncio.sleep(0.001)
+
+
+class RowLog(TurnLog):
+    """The journal of one turn in a list: a row is durable as soon as a barrier asks for it."""
+
+    def __init__(self) -> None:
+        self.rows: list[JournalRow] = []
+        self.durable = 0
+        """How many rows there were at the last barrier."""
+        self.barriers = 0
+        self.pieces = []
+
+    def add(self, row: JournalRow) -> None:
+        self.rows.append(row)
+
+    def soon(self) -> None:
+        pass
+
+    async def barrier(self) -> None:
+        self.rows += [row for piece in self.pieces if (row := piece()) is not None]
+        self.barriers += 1
+        self.durable = len(self.rows)
 
 
 class LocalHandle:

@@ -114,8 +114,6 @@ class Desk(Agent):
                 return "not a message"  # type: ignore[return-value]
             case "denied":
                 await os.generate("forbidden", "x")
-            case "huge state":
-                self.state.odd = 2**80
             case "odd state":
                 self.state.odd = b"\xff"
             case "huge reply":

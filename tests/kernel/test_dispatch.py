@@ -7,16 +7,19 @@ from typing import Any
 import pytest
 
 from llmos.drivers.errors import EngineFailed
-from llmos.drivers.protocols import Passage, SyscallRow
+from llmos.drivers.protocols import Passage
+from llmos.drivers.stores.rows import JournalRow
 from llmos.kernel import record
 from llmos.kernel.context import Context
-from llmos.kernel.dispatch import TurnDispatcher, as_llmos_error
+from llmos.kernel.dispatch import TurnDispatcher, as_llmos_error, status_of
 from llmos.kernel.manifest import Limits, Manifest
 from llmos.syscalls.base import Hit
 from llmos.syscalls.clock import Now, Sleep
+from llmos.syscalls.deferred import Post
 from llmos.syscalls.errors import (
     Busy,
     CallCycle,
+    Cancelled,
     CapabilityDenied,
     DeadlineExceeded,
     HandlerFailed,
@@ -28,6 +31,7 @@ from llmos.syscalls.labels import Labels, Sensitivity
 from llmos.syscalls.messages import Message, Reply, Wire
 from llmos.syscalls.retrieve import Retrieve
 from tests.kernel.conftest import sample
+from tests.kernel.local import RowLog
 from tests.syscalls.fakes import SECRET, FakeServices, failing, words
 
 
@@ -62,7 +66,7 @@ class Bench:
         self.services.scripts = [words("one", " two", " three")]
         self.services.hits = [Hit(Passage("a#0", "a.md", "v1", (0, 4), "text"), 0.8)]
         self.clock = HandClock()
-        self.rows: list[SyscallRow] = []
+        self.log = RowLog()
         self.dispatcher = TurnDispatcher(
             agent="acme/desk/main",
             turn="turn-1",
@@ -72,12 +76,20 @@ class Bench:
             clock=self.clock,
             deadline_s=given.get("deadline_s", 60.0),
             labels=given.get("labels", Labels()),
-            recorded=self.rows.append,
+            log=self.log,
+            epoch=3,
+            code_version="c0de",
         )
         self.os = Context(self.dispatcher)
 
+    @property
+    def rows(self) -> list[JournalRow]:
+        return self.log.rows
+
     def statuses(self) -> list[str]:
-        return [row.status for row in self.rows]
+        """How the syscalls ended, in that order."""
+        ended = [row for row in self.rows if row.phase in ("result", "failed")]
+        return [status_of(record.raised(r.result) if r.phase == "failed" else None) for r in ended]
 
 
 # ------------------------------------------------------------------ capabilities
@@ -94,7 +106,7 @@ async def test_what_no_capability_names_is_denied_with_the_remedy() -> None:
         await bench.os.now()
     assert bench.statuses() == ["denied", "denied"]
     assert not bench.services.jobs
-    assert record.unpack(bench.rows[0].result)["error"] == "CapabilityDenied"
+    assert record.view(bench.rows[0].result)["error"] == "CapabilityDenied"
 
 
 async def test_wildcards_cover_what_they_say_and_no_more() -> None:
@@ -171,7 +183,9 @@ async def test_an_agent_does_not_wait_for_itself() -> None:
         assert caught.value.chain == ("acme/boss/main", "acme/desk/main")
     # To tell is not to wait.
     await bench.os.send("acme/boss/main", Hello())
-    assert [e.receiver for e in bench.services.posted] == ["acme/boss/main"]
+    (post,) = bench.services.deferred
+    assert isinstance(post, Post)
+    assert (post.receiver, post.cause) == ("acme/boss/main", "turn-1/3")
     assert not bench.services.asked
 
 
@@ -234,13 +248,16 @@ async def test_a_row_tells_of_request_result_and_time() -> None:
     await bench.os.retrieve("help", "where", k=3)
     await bench.os.sleep(1.25)
     first, second = bench.rows
-    assert (first.turn, first.seq, first.name, first.resource) == ("turn-1", 1, "Retrieve", "help")
-    assert (first.started_s, first.elapsed_s, first.status) == (2.0, 0.0, "ok")
-    assert record.unpack(first.request)["query"] == "where"
-    assert record.unpack(first.result)["passages"][0]["text"] == "text"
-    assert record.unpack(first.provenance)[0]["source"] == "a.md"
-    assert record.unpack(first.labels)["sensitivity"] == Sensitivity.CONFIDENTIAL
-    assert (second.seq, second.name) == (2, "Sleep")
+    assert (first.agent, first.turn, first.seq) == ("acme/desk/main", "turn-1", 1)
+    assert (first.kind, first.name, first.phase) == ("Retrieve", "help", "result")
+    assert (first.epoch, first.code_version) == (3, "c0de")
+    assert (first.ts, first.elapsed_s) == (1e9 + 102.0, 0.0)
+    assert record.view(first.args)["query"] == "where"
+    assert first.args_hash == record.hash_of(first.args)
+    assert record.view(first.result)["passages"][0]["text"] == "text"
+    assert record.provenance_of(first)[0].source == "a.md"
+    assert record.labels_of(first).sensitivity == Sensitivity.CONFIDENTIAL
+    assert (second.seq, second.kind, second.name) == (2, "Sleep", "")
     after = sample("llmos_syscall_seconds_count", syscall="retrieve", status="ok")
     assert after == before + 1
 
@@ -251,9 +268,10 @@ async def test_an_error_is_recorded_with_its_facts_and_raised() -> None:
     with pytest.raises(EngineFailed):
         await bench.os.generate("chat", "hi")
     (row,) = bench.rows
-    assert row.status == "error"
-    told = record.unpack(row.result)
-    assert (told["error"], told["model"], told["reason"]) == ("EngineFailed", "chat", "it broke")
+    assert row.phase == "failed"
+    told = record.raised(row.result)
+    assert isinstance(told, EngineFailed)
+    assert (told.model, told.reason) == ("chat", "it broke")
 
 
 async def test_a_cancelled_syscall_is_recorded_as_cancelled() -> None:
@@ -285,7 +303,8 @@ async def test_a_stream_brings_the_words_and_is_recorded_once() -> None:
     request = Generate(model="chat", prompt="hi")
     assert [t async for t in bench.os.stream(request)] == ["one", " two", " three"]
     (row,) = bench.rows
-    assert (row.status, record.unpack(row.result)["text"]) == ("ok", "one two three")
+    assert (row.phase, record.view(row.result)["text"]) == ("result", "one two three")
+    assert record.view(row.result)["pieces"] == [["one", 1], [" two", 1], [" three", 1], ["", 0]]
     assert bench.os.labels == Labels(trusted=False)
     bench.dispatcher.finish()
     assert len(bench.rows) == 1
@@ -297,6 +316,9 @@ async def test_a_stream_that_is_left_early_is_cancelled_and_still_was_seen() -> 
         async for _ in texts:
             break
     assert bench.statuses() == ["cancelled"]
+    # What was handed out of it is in the record, apart.
+    assert [row.phase for row in bench.rows] == ["partial", "failed"]
+    assert record.view(bench.rows[0].result) == {"pieces": [["one", 1]]}
     assert len(bench.services.closed) == 1
     # The model's words were read, so this turn is no longer trusted.
     assert bench.os.labels == Labels(trusted=False)
@@ -309,9 +331,11 @@ async def test_what_a_handler_leaves_open_is_recorded_before_the_turn_is() -> No
     assert await anext(texts) == "one"
     await bench.os.now()
     bench.dispatcher.finish()
-    assert [(r.seq, r.status) for r in bench.rows] == [(2, "ok"), (1, "cancelled")]
+    # With the words that it had been shown.
+    assert [(r.seq, r.phase) for r in bench.rows] == [(2, "result"), (1, "partial"), (1, "failed")]
+    assert bench.statuses() == ["ok", "cancelled"]
     await texts.aclose()  # type: ignore[attr-defined]
-    assert len(bench.rows) == 2
+    assert len(bench.rows) == 3
 
 
 async def test_a_denied_stream_never_begins() -> None:
@@ -390,3 +414,82 @@ async def test_requests_can_be_made_by_hand() -> None:
     bench = Bench("clock", "retrieve:help")
     assert (await bench.os.call(Now())).time_s == bench.services.time()
     assert (await bench.os.call(Retrieve(corpus="help", query="q"), 1.0)).passages
+
+
+# ------------------------------------------------------------------ what must be durable before
+
+
+async def test_what_another_agent_sees_waits_for_all_that_was_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench("retrieve:help", "ask:*", "clock")
+    order: list[str] = []
+    bench.services.reply = lambda e: order.append("asked") or Reply("t", e.receiver)  # type: ignore[func-returns-value]
+    barrier = bench.log.barrier
+
+    async def noted() -> None:
+        order.append(f"durable {len(bench.rows)}")
+        await barrier()
+
+    monkeypatch.setattr(bench.log, "barrier", noted)
+    await bench.os.retrieve("help", "q")
+    await bench.os.now()
+    assert order == []
+    await bench.os.ask("acme/a/b", Hello())
+    assert order == ["durable 2", "asked"]
+
+
+async def test_results_that_come_together_are_handed_out_one_by_one() -> None:
+    """So the order in which they were handed out is the order of the rows."""
+    bench = Bench("clock", "random")
+    seen: list[str] = []
+
+    async def chain(name: str) -> None:
+        for _ in range(3):
+            await bench.os.now()
+            seen.append(name)
+
+    await asyncio.gather(*(chain(name) for name in "abc"))
+    names = {1: "a", 2: "b", 3: "c"}
+    for row in bench.rows:
+        assert row.seq in names or row.seq > 3
+    assert len(seen) == len(bench.rows) == 9
+    order = [row.seq for row in bench.rows]
+    assert order[:3] == [1, 2, 3]
+    # A call is made as soon as the one before it was handed out, so its number tells of whom.
+    made = sorted(order)
+    assert made == list(range(1, 10))
+
+
+async def test_a_task_that_was_left_makes_no_syscalls_and_no_marks() -> None:
+    bench = Bench("clock")
+    assert bench.dispatcher.finish() is None
+    for late in (bench.os.now(), _as_call(bench.os.patched, "x")):
+        with pytest.raises(Cancelled, match="the end of its turn"):
+            await late
+    assert not bench.rows
+
+
+async def _as_call(function: Any, *args: Any) -> Any:
+    return function(*args)
+
+
+async def test_a_patch_is_marked_once_and_stays() -> None:
+    bench = Bench("clock")
+    await bench.os.now()
+    assert bench.os.patched("twice")
+    assert bench.os.patched("twice")
+    assert bench.os.patched("other")
+    marks = [row for row in bench.rows if row.phase == "mark"]
+    assert [(m.kind, m.name, m.seq, m.part) for m in marks] == [
+        ("Patched", "twice", 1, 1),
+        ("Patched", "other", 1, 2),
+    ]
+
+
+async def test_ids_need_no_record_and_differ() -> None:
+    bench, same = Bench(), Bench()
+    ids = [bench.os.uuid() for _ in range(3)]
+    assert len(set(ids)) == 3
+    assert [same.os.uuid() for _ in range(3)] == ids
+    assert not bench.rows

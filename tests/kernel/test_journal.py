@@ -8,20 +8,25 @@ from typing import Any
 
 import pytest
 
-from llmos.drivers.errors import StaleEpoch, StoreUnavailable
-from llmos.drivers.protocols import (
+from llmos.drivers.errors import LlmosError, StaleEpoch, StoreUnavailable
+from llmos.drivers.protocols import Store
+from llmos.drivers.stores.rows import (
+    SHARDS,
     AgentRow,
-    AgentWrite,
-    StateWrite,
-    Store,
-    StoreWrite,
-    SyscallRow,
-    TurnRow,
-    TurnStatus,
+    Append,
+    JournalRow,
+    LaunchRow,
+    Own,
+    Part,
+    PutBlob,
+    PutLaunch,
+    SaveAgent,
+    TakeShards,
+    Write,
 )
-from llmos.kernel import journal
+from llmos.kernel import journal, record
 from llmos.kernel.journal import JournalServer
-from llmos.syscalls.errors import Busy
+from llmos.syscalls.errors import Busy, InvalidRequest
 
 
 class Counting:
@@ -30,43 +35,50 @@ class Counting:
     def __init__(self, store: Store) -> None:
         self._store = store
         self.groups: list[int] = []
+        """Parts of each commit."""
         self.gate = threading.Event()
         self.gate.set()
         self.breaks_on: bytes | None = None
+        self.broken: Exception = ZeroDivisionError("a bug in the store")
 
-    def commit(self, writes: Sequence[StoreWrite]) -> None:
+    def commit(self, parts: Sequence[Part]) -> Sequence[LlmosError | None]:
         assert self.gate.wait(5)
-        self.groups.append(len(writes))
-        for write in writes:
-            if isinstance(write, StateWrite) and write.state == self.breaks_on:
-                raise ZeroDivisionError("a bug in the store")
-        self._store.commit(writes)
+        self.groups.append(len(parts))
+        for part in parts:
+            for write in part:
+                if isinstance(write, SaveAgent) and write.state == self.breaks_on:
+                    raise self.broken
+        return self._store.commit(parts)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
 
-def registered(agent: str, epoch: int = 1) -> AgentWrite:
-    return AgentWrite(AgentRow(agent, "m:Desk", b"\x80", epoch, 1.0))
+def launched(agent: str) -> PutLaunch:
+    return PutLaunch(LaunchRow(agent, "m:Desk", b"\x80", f"id of {agent}", 1.0))
 
 
-def turn(agent: str, number: int, epoch: int = 1) -> TurnRow:
-    return TurnRow(
-        f"{number:04d}", agent, epoch, "Hi", b"", "c", 1.0, 0.1, TurnStatus.DONE, b"", ""
+def turn(agent: str, number: int, **given: Any) -> JournalRow:
+    row = JournalRow(
+        agent, f"{number:04d}", 0, "result", "turn", "Hi", result=b"{}", ts=float(number)
     )
+    return row._replace(**given)
 
 
 class Bench:
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.server = JournalServer(
             "journal", "sqlite", str(folder / "store.db"), str(folder), "INFO"
         )
         self.store = Counting(self.server._store)
         self.server._store = self.store
 
-    async def commit(self, *writes: StoreWrite) -> Any:
-        """What the actor returns: None, or a typed error."""
-        return await self.server.commit(writes)
+    async def commit(self, *writes: Write) -> Any:
+        """What becomes of one part: None, or a typed error."""
+        answer = await self.server.commit([writes])
+        assert isinstance(answer, list | LlmosError)
+        return answer[0] if isinstance(answer, list) else answer
 
 
 @pytest.fixture
@@ -78,43 +90,67 @@ async def bench(tmp_path: Path) -> AsyncIterator[Bench]:
     await made.server.close()
     assert made.server._writer is not None
     made.server._writer.cancel()
-    made.server._thread.shutdown()
+    made.server._writing.shutdown()
+    made.server._reading.shutdown()
 
 
 async def held_up(bench: Bench) -> asyncio.Task[Any]:
     """A commit that is under way and does not end before the gate is opened."""
     bench.store.gate.clear()
-    first = asyncio.create_task(bench.commit(registered("a/first/x")))
+    first = asyncio.create_task(bench.commit(launched("a/first/x")))
     await asyncio.sleep(0.01)
     return first
 
 
 async def test_what_was_committed_can_be_read(bench: Bench) -> None:
-    row = SyscallRow("0001", 1, "Now", "", 0.0, 0.1, "ok", b"", b"", b"", b"")
-    assert await bench.commit(registered("a/b/c")) is None
-    assert await bench.commit(turn("a/b/c", 1), row, StateWrite("a/b/c", 1, b"s")) is None
-    assert await bench.server.activate("a/b/c") == (registered("a/b/c").row, b"s")
-    assert await bench.server.activate("a/b/none") == (None, None)
-    assert await bench.server.agents() == [registered("a/b/c").row]
-    assert await bench.server.turns(None, 10) == [turn("a/b/c", 1)]
-    assert await bench.server.turns("a/b/other", 10) == []
-    assert await bench.server.turn("0001") == (turn("a/b/c", 1), [row])
+    call = JournalRow("a/b/c", "0001", 1, "result", "Now", "", result=b"{}")
+    assert await bench.commit(launched("a/b/c")) is None
+    end = turn("a/b/c", 1)
+    assert await bench.commit(Append(call), Append(end), SaveAgent("a/b/c", 0, b"{}", 1, 1)) is None
+    ((launch, row), nobody) = await bench.server.activate(["a/b/c", "a/b/none"])
+    assert launch == launched("a/b/c").row
+    assert (row.agent, row.state, row.changes, row.pos) == ("a/b/c", b"{}", 1, 2)
+    assert nobody == (None, None)
+    assert await bench.server.read("launches") == [launched("a/b/c").row]
+    (found,) = await bench.server.read("turns", limit=10)
+    assert (found.turn, found.kind) == ("0001", "turn")
+    assert [r.seq for r in await bench.server.read("turn", "0001")] == [1, 0]
+    assert (await bench.server.read("turns_rows", ["0001"])).keys() == {"0001"}
+
+
+async def test_only_what_reads_is_reached_from_outside(bench: Bench) -> None:
+    for method in ("commit", "close", "__init__", "no_such_method"):
+        assert isinstance(await bench.server.read(method), InvalidRequest)
+
+
+async def test_long_columns_come_back_whole_but_for_the_chain(bench: Bench) -> None:
+    """A chain's hashes are over the rows as they are kept."""
+    digest, reference = record.blob_of(b"x" * 9000)
+    row = JournalRow("a/b/c", "0001", 1, "result", "Now", "", result=reference)
+    end = turn("a/b/c", 1, result=reference, idem_key="s#1")
+    await bench.commit(launched("a/b/c"), PutBlob(digest, b"x" * 9000), Append(row), Append(end))
+    assert [r.result for r in await bench.server.read("turn", "0001")] == [b"x" * 9000] * 2
+    assert (await bench.server.read("turns", limit=1))[0].result == b"x" * 9000
+    assert (await bench.server.read("turns_rows", ["0001"]))["0001"][0].result == b"x" * 9000
+    assert (await bench.server.read("handled", "a/b/c", "s#1")).result == b"x" * 9000
+    assert await bench.server.read("handled", "a/b/c", "s#2") is None
+    assert [r.result for r in await bench.server.read("chain", "a/b/c")] == [reference] * 2
 
 
 async def test_all_who_wait_share_one_commit(bench: Bench) -> None:
     first = await held_up(bench)
-    rest = [asyncio.create_task(bench.commit(registered(f"a/b/{n}"))) for n in range(50)]
+    rest = [asyncio.create_task(bench.commit(launched(f"a/b/{n}"))) for n in range(50)]
     await asyncio.sleep(0.01)
     bench.store.gate.set()
     assert set(await asyncio.gather(first, *rest)) == {None}
     assert bench.store.groups == [1, 50]
-    assert len(await bench.server.agents()) == 51  # type: ignore[arg-type]
+    assert len(await bench.server.read("launches")) == 51
 
 
 async def test_a_group_is_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "MAX_GROUP", 20)
     first = await held_up(bench)
-    rest = [asyncio.create_task(bench.commit(registered(f"a/b/{n}"))) for n in range(50)]
+    rest = [asyncio.create_task(bench.commit(launched(f"a/b/{n}"))) for n in range(50)]
     await asyncio.sleep(0.01)
     bench.store.gate.set()
     await asyncio.gather(first, *rest)
@@ -122,45 +158,51 @@ async def test_a_group_is_bounded(bench: Bench, monkeypatch: pytest.MonkeyPatch)
 
 
 async def test_one_stale_owner_does_not_fail_the_others(bench: Bench) -> None:
-    await bench.commit(registered("a/b/old", epoch=5), registered("a/b/new", epoch=5))
+    await bench.commit(launched("a/b/c"), TakeShards(tuple(range(SHARDS)), 5))
     first = await held_up(bench)
-    tasks = [
-        asyncio.create_task(bench.commit(*writes))
-        for writes in (
-            (turn("a/b/new", 1, 5), StateWrite("a/b/new", 5, b"new")),
-            (turn("a/b/old", 2, 4), StateWrite("a/b/old", 4, b"old")),
-            (turn("a/b/new", 3, 5),),
-        )
-    ]
+
+    def ended(number: int, epoch: int, state: bytes) -> asyncio.Task[Any]:
+        own = Own("a/b/c", epoch)
+        save = SaveAgent("a/b/c", 0, state, 1, number)
+        row = turn("a/b/c", number, epoch=epoch)
+        return asyncio.create_task(bench.commit(own, Append(row), save))
+
+    tasks = [ended(1, 5, b"1"), ended(2, 4, b"2"), ended(3, 5, b"3")]
     await asyncio.sleep(0.01)
     bench.store.gate.set()
     await first
     good, stale, also_good = await asyncio.gather(*tasks)
     assert (good, also_good) == (None, None)
     assert isinstance(stale, StaleEpoch)
-    assert (stale.agent, stale.epoch, stale.current) == ("a/b/old", 4, 5)
-    assert (await bench.server.activate("a/b/new"))[1] == b"new"  # type: ignore[index]
-    assert (await bench.server.activate("a/b/old"))[1] is None  # type: ignore[index]
-    assert [t.turn for t in await bench.server.turns(None, 10)] == ["0003", "0001"]  # type: ignore[union-attr]
+    assert (stale.agent, stale.epoch, stale.current) == ("a/b/c", 4, 5)
+    assert bench.store.groups[-1] == 3
+    row: AgentRow = await bench.server.read("agent", "a/b/c")
+    assert (row.state, row.changes) == (b"3", 3)
+    assert [t.turn for t in await bench.server.read("turns", limit=10)] == ["0003", "0001"]
 
 
-async def test_a_bug_in_the_store_fails_its_write_and_not_the_writer(bench: Bench) -> None:
-    await bench.commit(registered("a/b/c"))
-    bench.store.breaks_on = b"poison"
-    first = await held_up(bench)
-    tasks = [
-        asyncio.create_task(bench.commit(StateWrite("a/b/c", 1, state)))
-        for state in (b"poison", b"fine")
-    ]
-    await asyncio.sleep(0.01)
-    bench.store.gate.set()
-    async with asyncio.timeout(5):
-        await first
-        broken, fine = await asyncio.gather(*tasks)
-    assert isinstance(broken, StoreUnavailable)
-    assert "ZeroDivisionError" in str(broken)
-    assert fine is None
-    assert await bench.commit(registered("a/b/later")) is None
+async def test_a_call_of_many_parts_has_a_result_for_each(bench: Bench) -> None:
+    await bench.commit(TakeShards(tuple(range(SHARDS)), 5))
+    parts: list[Part] = [[Own("a/b/c", epoch), launched(f"a/b/{epoch}")] for epoch in (5, 4, 5)]
+    results = await bench.server.commit(parts)
+    assert [type(r) for r in results] == [type(None), StaleEpoch, type(None)]  # type: ignore[union-attr]
+
+
+async def test_a_bug_in_the_store_fails_its_group_and_not_the_writer(bench: Bench) -> None:
+    await bench.commit(launched("a/b/c"))
+    for broken in (ZeroDivisionError("a bug"), StoreUnavailable("store", "disk full")):
+        bench.store.breaks_on, bench.store.broken = b"poison", broken
+        first = await held_up(bench)
+        poison = asyncio.create_task(bench.commit(SaveAgent("a/b/c", 0, b"poison", 1, 1)))
+        await asyncio.sleep(0.01)
+        bench.store.gate.set()
+        async with asyncio.timeout(5):
+            await first
+            refused = await poison
+        assert isinstance(refused, StoreUnavailable)
+        assert str(broken.args[0]) in str(refused)
+        # Who comes after is served.
+        assert await bench.commit(SaveAgent("a/b/c", 0, b"fine", 1, 1)) is None
 
 
 async def test_too_many_waiting_writes_are_answered_busy(
@@ -168,23 +210,61 @@ async def test_too_many_waiting_writes_are_answered_busy(
 ) -> None:
     monkeypatch.setattr(journal, "MAX_WAITING", 3)
     first = await held_up(bench)
-    waiting = [asyncio.create_task(bench.commit(registered(f"a/b/{n}"))) for n in range(3)]
+    waiting = [asyncio.create_task(bench.commit(launched(f"a/b/{n}"))) for n in range(3)]
     await asyncio.sleep(0.01)
-    refused = await bench.commit(registered("a/b/more"))
+    refused = await bench.commit(launched("a/b/more"))
     assert isinstance(refused, Busy)
     assert refused.waiting == 3
     bench.store.gate.set()
     assert set(await asyncio.gather(first, *waiting)) == {None}
-    assert await bench.commit(registered("a/b/more")) is None
+    assert await bench.commit(launched("a/b/more")) is None
 
 
 async def test_one_who_no_longer_waits_holds_up_nobody(bench: Bench) -> None:
     first = await held_up(bench)
-    gone = asyncio.create_task(bench.commit(registered("a/b/gone")))
-    stays = asyncio.create_task(bench.commit(registered("a/b/stays")))
+    gone = asyncio.create_task(bench.commit(launched("a/b/gone")))
+    stays = asyncio.create_task(bench.commit(launched("a/b/stays")))
     await asyncio.sleep(0.01)
     gone.cancel()
     bench.store.gate.set()
     assert await first is None
     assert await stays is None
     assert (await bench.server.metrics()).process == "journal"
+
+
+async def test_reads_do_not_wait_for_a_write(bench: Bench) -> None:
+    await bench.commit(launched("a/b/c"))
+    first = await held_up(bench)
+    async with asyncio.timeout(2):
+        assert len(await bench.server.read("launches")) == 1
+    bench.store.gate.set()
+    await first
+
+
+async def test_a_copy_is_made_while_commits_go_on(bench: Bench) -> None:
+    await bench.commit(launched("a/b/c"))
+    size = await bench.server.backup(str(bench.folder / "copy.db"))
+    assert isinstance(size, int)
+    assert size > 0
+    await bench.commit(launched("a/b/later"))
+    copied = JournalServer("j", "sqlite", str(bench.folder / "copy.db"), str(bench.folder), "INFO")
+    assert [launch.agent for launch in await copied.read("launches")] == ["a/b/c"]
+    await copied.close()
+
+
+async def test_what_waits_when_the_journal_closes_is_still_kept(tmp_path: Path) -> None:
+    made = Bench(tmp_path)
+    await made.server.ready()
+    first = await held_up(made)
+    second = asyncio.create_task(made.commit(launched("a/b/second")))
+    await asyncio.sleep(0.01)
+    closing = asyncio.create_task(made.server.close())
+    await asyncio.sleep(0.01)
+    made.store.gate.set()
+    assert await asyncio.gather(first, second) == [None, None]
+    await closing
+    assert made.server._writer is not None
+    made.server._writer.cancel()
+    again = JournalServer("j", "sqlite", str(tmp_path / "store.db"), str(tmp_path), "INFO")
+    assert len(await again.read("launches")) == 2
+    await again.close()

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import enum
+import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import msgpack
 import numpy as np
@@ -13,11 +15,17 @@ from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
 from llmos.drivers.errors import EngineBusy
+from llmos.drivers.stores.rows import JournalRow
 from llmos.kernel import record
 from llmos.kernel.manifest import SYSCALLS, Limits, Manifest
-from llmos.syscalls.errors import InvalidRequest
+from llmos.syscalls.base import Request, Response
+from llmos.syscalls.clock import Instant, Now
+from llmos.syscalls.embed import Embed, Embedded
+from llmos.syscalls.errors import InvalidRequest, UnknownAgent
+from llmos.syscalls.generate import Generate, Generated
 from llmos.syscalls.labels import Labels, Provenance, Sensitivity
 from llmos.syscalls.messages import Wire
+from llmos.syscalls.retrieve import Retrieve, Retrieved
 
 
 class Config(BaseModel):
@@ -136,16 +144,78 @@ ANYTHING = st.recursive(
 )
 
 
+class Anything(Response):
+    value: Any = None
+
+
+class Ask(Request[Anything]):
+    syscall: ClassVar[str] = "ask"
+    value: Any = None
+
+
 @given(ANYTHING)
-def test_whatever_there_is_can_be_recorded(value: Any) -> None:
-    short = record.shorten(value)
-    packed = record.pack(value)
-    assert msgpack.packb(short) == packed
-    record.unpack(packed)
-    # What is short stays as it is.
-    assert (
-        record.shorten(short) == short or short != short or isinstance(short, list | dict | float)
+def test_whatever_there_is_can_be_recorded_and_shown(value: Any) -> None:
+    for data in (record.args_of(Ask(value=value)), record.result_of(Anything(value=value))):
+        assert json.loads(data).keys() == {"value"}
+        assert "value" in record.view(data)
+    record.hash_of(data)
+
+
+@given(ANYTHING)
+def test_the_same_call_has_the_same_hash(value: Any) -> None:
+    first, second = (record.hash_of(record.args_of(Ask(value=value))) for _ in range(2))
+    assert first == second
+    assert len(first) == 16
+
+
+def test_a_response_comes_back_as_it_was() -> None:
+    about = Provenance(kind="document", source="a.md", version="1", span=(0, 3), corpus="c")
+    labels = Labels(tenants=frozenset({"a"}), sensitivity=Sensitivity.RESTRICTED, trusted=False)
+    apart = {"provenance": (about,), "labels": labels}
+    vectors = np.arange(6, dtype=np.float32).reshape(2, 3)
+    responses: list[tuple[Request[Any], Response]] = [
+        (Now(), Instant(time_s=1.5)),
+        (Embed(model="m", texts=("a", "b")), Embedded(vectors=vectors, **apart)),
+        (
+            Retrieve(corpus="c", query="q"),
+            Retrieved(passages=(), **apart),
+        ),
+    ]
+    for request, response in responses:
+        row = JournalRow(
+            *("a/b/c", "t", 1, "result", type(request).__name__, request.resource),
+            result=record.result_of(response),
+            labels=record.pack_labels(response.labels),
+            provenance=record.pack_provenance(response.provenance),
+        )
+        back = record.response_of(request, row)
+        assert type(back) is type(response)
+        assert (back.labels, back.provenance) == (response.labels, response.provenance)
+        assert record.result_of(back) == record.result_of(response)
+    embedded = record.response_of(
+        responses[1][0], row._replace(result=record.result_of(responses[1][1]))
     )
+    np.testing.assert_array_equal(embedded.vectors, vectors)
+    assert embedded.vectors.dtype == np.float32
+
+
+def test_the_type_of_an_answer_is_known_from_the_request() -> None:
+    assert record.response_type(Generate) is Generated
+    with pytest.raises(TypeError):
+        record.response_type(BaseModel)  # type: ignore[arg-type]
+
+
+def test_numbers_beyond_json_come_back() -> None:
+    class Number(Response):
+        x: float
+
+    class Give(Request[Number]):
+        syscall: ClassVar[str] = "give"
+
+    for x in (float("inf"), float("-inf"), float("nan"), 1e308):
+        row = JournalRow("a", "t", 1, "result", "Give", "", result=record.result_of(Number(x=x)))
+        back = record.response_of(Give(), row).x
+        assert back == x or (back != back and x != x)
 
 
 def deep(levels: int) -> Any:
@@ -155,45 +225,81 @@ def deep(levels: int) -> Any:
     return value
 
 
-def test_long_and_deep_things_are_cut_and_say_so() -> None:
-    text = record.shorten("x" * 5000)
+def shown(value: Any) -> Any:
+    return record.view(json.dumps(value).encode())
+
+
+def test_long_and_deep_things_are_cut_for_people_and_say_so() -> None:
+    text = shown("x" * 5000)
     assert text.startswith("x" * record.MAX_TEXT)
     assert text.endswith("… (5000 characters)")
-    items = record.shorten(list(range(1000)))
+    items = shown(list(range(1000)))
     assert (len(items), items[-1]) == (record.MAX_ITEMS + 1, "… (1000 items)")
-    assert record.shorten(b"x" * 5000) == "bytes(5000)"
-    assert "nested too deeply" in str(record.shorten(deep(5000)))
-    assert "bottom" in str(record.shorten(deep(10)))
-    assert len(record.pack(deep(5000))) < 1000
+    assert "nested too deeply" in str(shown(deep(400)))
+    assert "bottom" in str(shown(deep(10)))
+    assert record.view(msgpack.packb({"a": b"x" * 50})) == {"a": "bytes(50)"}
+    assert record.view(b"") is None
 
 
-def test_numbers_keep_their_kind_and_huge_ones_become_text() -> None:
-    values = [True, 1, 1.5, -(2**63), 2**64 - 1]
-    assert record.unpack(record.pack(values)) == values
-    assert record.unpack(record.pack([2**64, -(2**63) - 1])) == [
-        str(2**64),
-        str(-(2**63) - 1),
-    ]
-    assert record.shorten(np.zeros((4, 2))) == "array(4, 2)"
+def test_surrogates_are_kept_escaped_in_values_and_keys() -> None:
+    kept = json.loads(record.args_of(Ask(value={"\ud800": "\udfff"})))
+    assert kept == {"value": {"\\ud800": "\\udfff"}}
 
 
-def test_surrogates_are_shown_escaped_in_values_and_keys() -> None:
-    assert record.unpack(record.pack({"\ud800": "\udfff"})) == {"\\ud800": "\\udfff"}
+def test_an_error_comes_back_with_its_facts() -> None:
+    error = EngineBusy("chat", 9, 0.5)
+    back = record.raised(record.error_of(error))
+    assert type(back) is EngineBusy
+    assert (back.model, back.waiting, back.retry_after_s) == ("chat", 9, 0.5)
+    assert str(back) == str(error)
+    assert back.remedy == error.remedy
+    known = record.raised(record.error_of(UnknownAgent("a/b/c", ["a/b/d"])))
+    assert isinstance(known, UnknownAgent)
+    assert known.known == ("a/b/d",)
 
 
-def test_an_error_is_recorded_with_its_facts() -> None:
-    told = record.unpack(record.pack_error(EngineBusy("chat", 9, 0.5)))
-    assert told["error"] == "EngineBusy"
-    assert (told["model"], told["waiting"], told["retry_after_s"]) == ("chat", 9, 0.5)
-    plain = record.unpack(record.pack_error(ValueError("bad \ud800")))
-    assert plain == {"error": "ValueError", "message": "bad \\ud800"}
+def test_an_error_of_an_unknown_class_is_still_told() -> None:
+    plain = record.raised(record.error_of(ValueError("bad \ud800")))
+    assert isinstance(plain, record.RecordedError)
+    assert (plain.error, plain.message) == ("ValueError", "bad \\ud800")
+    odd = record.raised(b'{"error": "os._exit", "module": "os", "message": "x", "facts": {}}')
+    assert isinstance(odd, record.RecordedError)
+
+
+def test_a_module_that_a_row_names_is_never_imported() -> None:
+    result = b'{"error": "X", "module": "this", "message": "x", "facts": {}}'
+    assert isinstance(record.raised(result), record.RecordedError)
+    assert "this" not in sys.modules
+
+
+def test_the_end_of_a_turn_gives_its_reply() -> None:
+    wire = Wire.of_json("Kind", {"a": 1}, "m")
+    row = JournalRow("a/b/c", "t", 0, "result", "turn", "Hi", elapsed_s=0.5)
+    done = row._replace(result=record.turn_result(wire, None, 3, b'{"n":1}'))
+    reply = record.reply_of(done)
+    assert (reply.turn, reply.agent, reply.wire, reply.error) == ("t", "a/b/c", wire, None)
+    assert json.loads(done.result)["base"] == 3
+    assert json.loads(done.result)["state"] == {"n": 1}
+    failed = row._replace(result=record.turn_result(None, EngineBusy("chat", 9, 0.5), 3, None))
+    assert isinstance(record.reply_of(failed).error, EngineBusy)
+    assert "state" not in json.loads(failed.result)
+    assert record.reply_of(row).error is None
 
 
 def test_provenance_and_labels_are_recorded_whole() -> None:
     about = Provenance(kind="document", source="a.md", version="1", span=(0, 3), corpus="c")
-    (back,) = record.unpack(record.pack_provenance((about,)))
-    assert Provenance.model_validate(back) == about
-    assert len(record.unpack(record.pack_provenance((about,) * 500))) == record.MAX_ITEMS
+    row = JournalRow("a", "t", 1, "result", "Now", "")
+    many = row._replace(provenance=record.pack_provenance((about,) * 500))
+    assert record.provenance_of(many) == (about,) * 500
     labels = Labels(tenants=frozenset({"a"}), sensitivity=Sensitivity.RESTRICTED, trusted=False)
-    assert Labels.model_validate(record.unpack(record.pack_labels(labels))) == labels
-    assert record.unpack(b"") is None
+    assert record.labels_of(row._replace(labels=record.pack_labels(labels))) == labels
+    # What most rows have costs nothing.
+    assert (record.pack_labels(Labels()), record.pack_provenance(())) == (b"", b"")
+    assert (record.labels_of(row), record.provenance_of(row)) == (Labels(), ())
+
+
+@given(st.binary(max_size=200))
+def test_a_reference_names_its_blob_and_nothing_else_does(data: bytes) -> None:
+    digest, reference = record.blob_of(data)
+    assert record.referred(reference) == digest
+    assert record.referred(data) is None or data.startswith(b"sha256:")

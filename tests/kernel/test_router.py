@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 
-from llmos.drivers.errors import StaleEpoch
+from llmos.drivers.errors import LlmosError, StaleEpoch
+from llmos.drivers.stores.rows import SHARDS
+from llmos.kernel.directory import Directory, DirectoryHolder
 from llmos.kernel.remote import ProcessGone, answers, call
-from llmos.kernel.router import Location, Router
+from llmos.kernel.router import DirectoryLocator, KernelLocator, Location, Router
 from llmos.syscalls.errors import Busy, DeadlineExceeded, UnknownAgent
 from llmos.syscalls.messages import Envelope, Message, Reply, Wire
 from tests.kernel.local import LocalHandle, until
@@ -26,6 +29,7 @@ class FakeHost:
     def __init__(self, epoch: int) -> None:
         self.epoch = epoch
         self.seen: list[Envelope] = []
+        self.batches: list[int] = []
         self.act: Callable[[Envelope], Any] | None = None
 
     async def deliver(self, envelope: Envelope) -> Reply:
@@ -35,11 +39,19 @@ class FakeHost:
             made = await made
         return made or Reply(f"turn-{self.epoch}", AGENT)
 
-    @answers
-    async def post(self, envelope: Envelope) -> None:
-        self.seen.append(envelope)
-        if self.act:
-            self.act(envelope)
+    async def post(self, envelopes: Sequence[Envelope]) -> list[LlmosError | None]:
+        self.batches.append(len(envelopes))
+        results: list[LlmosError | None] = []
+        for envelope in envelopes:
+            self.seen.append(envelope)
+            try:
+                if self.act:
+                    self.act(envelope)
+            except LlmosError as error:
+                results.append(error)
+            else:
+                results.append(None)
+        return results
 
 
 class FakeKernel:
@@ -69,7 +81,7 @@ class Net:
     def __init__(self) -> None:
         self.kernel = FakeKernel()
         self.handle = LocalHandle(self.kernel)
-        self.router = Router(self.handle)
+        self.router = Router(KernelLocator(self.handle))
         self.handles: list[LocalHandle] = []
 
     async def host(self) -> FakeHost:
@@ -82,8 +94,12 @@ class Net:
         return made
 
 
+numbers = itertools.count(1)
+
+
 def envelope(deadline_s: float = 5.0, receiver: str = AGENT) -> Envelope:
-    return Envelope(receiver, "client:1", Wire.of(Ping()), deadline_s=deadline_s)
+    at = ("client:1", next(numbers))
+    return Envelope(receiver, "client:1", Wire.of(Ping()), *at, deadline_s=deadline_s)
 
 
 @pytest.fixture
@@ -114,6 +130,8 @@ async def test_a_lost_host_is_found_again_and_gets_the_same_message(net: Net) ->
     second = await net.host()
     assert (await asking).turn == "turn-2"
     assert first.seen[0].id == second.seen[0].id == sent.id
+    # The successor is told to look whether it was handled already.
+    assert [first.seen[0].again, second.seen[0].again] == [False, True]
     assert second.seen[0].deadline_s <= first.seen[0].deadline_s
     # Who asks next goes to the new one at once.
     assert (await net.router.ask(envelope())).turn == "turn-2"
@@ -180,8 +198,112 @@ async def test_a_mailbox_that_stays_full_ends_with_the_deadline(net: Net) -> Non
         raise Busy("mailbox", 8, 0.5)
 
     host.act = full
+    with pytest.raises(Busy, match="mailbox"):
+        await net.router.post(envelope(0.03))
+
+
+async def test_a_host_that_says_nothing_ends_with_the_deadline(net: Net) -> None:
+    host = await net.host()
+    gate = asyncio.Event()
+
+    async def silent(envelopes: Sequence[Envelope]) -> Any:
+        await gate.wait()
+        return [None] * len(envelopes)
+
+    host.post = silent  # type: ignore[method-assign]
     with pytest.raises(DeadlineExceeded, match="delivery"):
         await net.router.post(envelope(0.03))
+    gate.set()
+
+
+async def test_posts_to_one_receiver_arrive_in_order_also_after_busy(net: Net) -> None:
+    host = await net.host()
+    taken: list[int] = []
+    refusals = {2: 2, 5: 1}
+
+    def some_busy(e: Envelope) -> None:
+        # As a host does: what comes after a refused one is refused, too.
+        if taken and e.seq < taken[-1]:
+            raise AssertionError("overtaken")
+        number = e.seq - first
+        if busy or refusals.get(number, 0) > 0:
+            if not busy:
+                refusals[number] -= 1
+                busy.append(number)
+            raise Busy("mailbox", 8, 0.002)
+        taken.append(e.seq)
+
+    busy: list[int] = []
+    real = host.post
+
+    async def post(envelopes: Sequence[Envelope]) -> Any:
+        busy.clear()
+        return await real(envelopes)
+
+    host.post = post  # type: ignore[method-assign]
+    host.act = some_busy
+    sent = [envelope() for _ in range(8)]
+    first = sent[0].seq
+    await asyncio.gather(*(net.router.post(e) for e in sent))
+    assert taken == [e.seq for e in sent]
+
+
+async def test_posts_that_come_together_share_a_call(net: Net) -> None:
+    host = await net.host()
+    await asyncio.gather(*(net.router.post(envelope()) for _ in range(50)))
+    assert sum(host.batches) == 50
+    assert len(host.batches) <= 3
+    await until(lambda: not net.router._tasks)
+
+
+async def test_an_error_is_of_its_own_message(net: Net) -> None:
+    host = await net.host()
+
+    def second_fails(e: Envelope) -> None:
+        if len(host.seen) == 2:
+            raise UnknownAgent(AGENT)
+
+    host.act = second_fails
+    results = await asyncio.gather(
+        *(net.router.post(envelope()) for _ in range(3)), return_exceptions=True
+    )
+    assert [type(r) for r in results] == [type(None), UnknownAgent, type(None)]
+
+
+async def test_a_stale_host_posts_again_elsewhere_as_a_repetition(net: Net) -> None:
+    first = await net.host()
+
+    def stale(e: Envelope) -> None:
+        raise StaleEpoch(AGENT, 1, 2)
+
+    first.act = stale
+    posting = asyncio.create_task(net.router.post(envelope()))
+    await until(lambda: first.seen)
+    second = await net.host()
+    await posting
+    assert second.seen[0].again
+
+
+# ------------------------------------------------------------------ the directory as locator
+
+
+async def test_a_host_reads_the_directory_and_waits_for_a_newer_one() -> None:
+    holder = DirectoryHolder()
+    locator = DirectoryLocator(holder)
+    handle = LocalHandle(FakeHost(1))
+    nobody = tuple(("", 0) for _ in range(SHARDS))
+    await holder.set(Directory(1, hosts={"host:0": handle}, shards=nobody))
+    with pytest.raises(DeadlineExceeded, match="finding a host"):
+        await locator.locate(AGENT, None, 0.01)
+    looking = asyncio.create_task(locator.locate(AGENT, ("host:0", 1), 5.0))
+    for version, epoch in ((2, 1), (3, 2)):
+        shards = tuple(("host:0", epoch) for _ in range(SHARDS))
+        await holder.set(Directory(version, hosts={"host:0": handle}, shards=shards))
+        await asyncio.sleep(0.005)
+    found = await looking
+    # The one that was found lost is not given again.
+    assert (found.host, found.epoch, found.handle) == ("host:0", 2, handle)
+    assert (await locator.locate(AGENT, None, 1.0)).epoch == 2
 
 
 async def test_a_message_to_a_lost_host_goes_to_the_next(net: Net) -> None:

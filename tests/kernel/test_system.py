@@ -147,6 +147,87 @@ def test_a_mistake_is_told_with_file_line_and_field(mistake: str) -> None:
     assert str(error).startswith(f"system.toml, line {line}:" if line else "system.toml:")
 
 
+TOOLS = """\
+[tools.booking]
+driver = "http"
+tenant = "acme"
+sensitivity = "confidential"
+
+[tools.booking.options]
+url = "http://x/"
+headers = { A = "b" }
+
+[tools.mail]
+driver = "smtp"
+trusted = true
+
+[mailboxes]
+attempts = 3
+
+[store]
+driver = "postgres"
+url = "env:LLMOS_DB"
+"""
+
+
+def test_tools_mailboxes_and_store_are_read() -> None:
+    system = parse(TOOLS)
+    booking = system.tools["booking"]
+    assert booking.driver == "http"
+    assert booking.options == {"url": "http://x/", "headers": {"A": "b"}}
+    assert booking.labels == Labels(
+        tenants=frozenset({"acme"}), sensitivity=Sensitivity.CONFIDENTIAL, trusted=False
+    )
+    assert system.tools["mail"].trusted
+    assert (system.mailboxes.attempts, system.mailboxes.deaths) == (3, 2)
+    nothing = parse("")
+    assert (nothing.mailboxes.attempts, nothing.mailboxes.deaths) == (5, 2)
+    assert (nothing.store.driver, nothing.store.url, nothing.tools) == ("sqlite", None, {})
+    assert nothing.store.address({}) is None
+
+
+def test_the_address_of_the_store_may_stand_in_the_environment() -> None:
+    store = parse(TOOLS).store
+    address = "postgresql://me:secret@db/llmos"
+    assert store.address({"LLMOS_DB": address}) == address
+    with pytest.raises(SystemFileError, match="LLMOS_DB is not set"):
+        store.address({})
+    with pytest.raises(SystemFileError, match="holds no postgresql") as caught:
+        store.address({"LLMOS_DB": "mysql://me:secret@db"})
+    assert "secret" not in str(caught.value)
+    assert caught.value.field == "store.url"
+    plain = parse(f'[store]\ndriver = "postgres"\nurl = "{address}"').store
+    assert plain.address({}) == address
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "field", "said"),
+    [
+        ('driver = "http"', 'driver = "telex"', 2, "tools.booking.driver", "http, memory, python"),
+        ('driver = "http"', "", 1, "tools.booking.driver", "is missing"),
+        ("trusted = true", 'path = "x"', 12, "tools.mail.path", "unknown field"),
+        ("attempts = 3", "attempts = 0", 15, "mailboxes.attempts", "greater"),
+        ("attempts = 3", "deaths = 0", 15, "mailboxes.deaths", "greater"),
+        ("attempts = 3", "barrier = true", 15, "mailboxes.barrier", "unknown field"),
+        ('"postgres"', '"oracle"', 18, "store.driver", "'sqlite' or 'postgres'"),
+        ('"postgres"', '"sqlite"', 19, "store.url", "sqlite takes none"),
+        ('url = "env:LLMOS_DB"', "", 17, "store.url", "postgres needs one"),
+        ("env:LLMOS_DB", "env:", 19, "store.url", "or is env:NAME"),
+        ("env:LLMOS_DB", "mysql://me:secret@db", 19, "store.url", "begins with postgresql://"),
+    ],
+)
+def test_mistakes_in_tools_mailboxes_and_store(
+    old: str, new: str, line: int, field: str, said: str
+) -> None:
+    assert old in TOOLS
+    with pytest.raises(SystemFileError) as caught:
+        parse(TOOLS.replace(old, new, 1))
+    error = caught.value
+    assert (error.line, error.field) == (line, field), str(error)
+    assert said in str(error)
+    assert "secret" not in str(error)
+
+
 def test_unknown_and_missing_fields_say_where_all_are_listed() -> None:
     with pytest.raises(SystemFileError) as caught:
         parse("[system]\nnmae = 'x'")
