@@ -4,8 +4,8 @@
 0     done
 1     failed; the error's own words are on standard error
 2     wrong usage, or a system file or a setting that cannot be used
-3     no such kernel, agent, turn or model
-4     refused: a capability, a label, or no memory for it
+3     no such kernel, agent, turn, dead letter, process or model
+4     refused: a capability, a label, no memory for it, or it would do harm
 5     busy: try again later
 124   a deadline passed
 130   interrupted (SIGINT)
@@ -27,7 +27,7 @@ import typer
 from rich.console import Console
 
 from llmos.drivers.errors import EngineBusy, LlmosError, UnknownModel
-from llmos.kernel.core.errors import DoesNotFit
+from llmos.kernel.core.errors import DoesNotFit, NoOtherHost, UnknownNode, UnknownProcess
 from llmos.kernel.settings import SettingsError
 from llmos.kernel.system import SystemFileError
 from llmos.syscalls.errors import (
@@ -49,8 +49,8 @@ class Terminated(KeyboardInterrupt):
 
 _CODES: tuple[tuple[type[LlmosError] | tuple[type[LlmosError], ...], int], ...] = (
     ((SystemFileError, SettingsError), USAGE),
-    ((UnknownAgent, UnknownModel, UnknownResource), NOT_FOUND),
-    ((CapabilityDenied, LabelViolation, DoesNotFit), REFUSED),
+    ((UnknownAgent, UnknownModel, UnknownNode, UnknownProcess, UnknownResource), NOT_FOUND),
+    ((CapabilityDenied, LabelViolation, DoesNotFit, NoOtherHost), REFUSED),
     ((Busy, EngineBusy), BUSY),
     (DeadlineExceeded, DEADLINE),
 )
@@ -61,8 +61,9 @@ def code_of(error: LlmosError) -> int:
     # By name, since these classes stand in modules that import Ray.
     if error.code == "ClusterError" and "No kernel" in str(error):
         return NOT_FOUND
-    if error.code == "InvalidLaunch":
-        return USAGE
+    named = {"InvalidLaunch": USAGE, "UnknownRecord": NOT_FOUND, "OperationRefused": REFUSED}
+    if error.code in named:
+        return named[error.code]
     return next((code for kinds, code in _CODES if isinstance(error, kinds)), FAILED)
 
 

@@ -8,24 +8,22 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
 from llmos.drivers.errors import LlmosError
-from llmos.kernel import record
 from llmos.kernel.settings import Settings
 from llmos.kernel.system import SystemConfig
-from llmos.shell import exits, models, render, starting
+from llmos.shell import exits, models, operate, records, render, starting
+from llmos.shell.common import Address, AsJson, System, connected, print_json
 from llmos.syscalls.messages import Wire
 
 if TYPE_CHECKING:
-    from llmos.drivers.protocols import SyscallRow, TurnRow
-    from llmos.kernel.client import Kernel
+    pass
 
 app = typer.Typer(
     name="llmos",
@@ -35,16 +33,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(models.app, name="models")
+app.add_typer(records.audit_app, name="audit")
+app.add_typer(operate.dlq_app, name="dlq")
+app.add_typer(operate.effects_app, name="effects")
 
 File = Annotated[Path, typer.Argument(help="The system file.", metavar="FILE")]
-System = Annotated[
-    str | None, typer.Option("--system", help="Name of the system, where several run.")
-]
-Address = Annotated[
-    str | None,
-    typer.Option("--address", help="Ray cluster; default: $RAY_ADDRESS or this machine."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 Data = Annotated[
     list[str],
     typer.Option("--data", metavar="NAME=PATH", help="Read a corpus or graph from elsewhere."),
@@ -52,11 +45,6 @@ Data = Annotated[
 
 DOWN_S = 60.0
 """Longest wait of ``down`` before it uses force."""
-
-
-def _print_json(value: Any) -> None:
-    sys.stdout.write(json.dumps(value, default=str, ensure_ascii=False) + "\n")
-    sys.stdout.flush()
 
 
 def _read(file: Path, data: list[str]) -> SystemConfig:
@@ -67,15 +55,6 @@ def _read(file: Path, data: list[str]) -> SystemConfig:
             raise typer.BadParameter(f"{pair!r} is not NAME=PATH", param_hint="--data")
         overrides[name] = Path(path)
     return SystemConfig.read(file).with_data(overrides)
-
-
-@contextmanager
-def _connected(system: str | None, address: str | None, as_json: bool = False) -> Iterator[Kernel]:
-    with exits.errors(as_json=as_json):
-        from llmos.kernel.client import Kernel
-
-        with Kernel.connect(system, address=address) as kernel:
-            yield kernel
 
 
 # -------------------------------------------------------------------- up and down
@@ -127,7 +106,7 @@ def up(
 
 
 def _print_ps(name: str) -> None:
-    with _connected(name, None) as kernel:
+    with connected(name, None) as kernel:
         console = render.console()
         console.print(render.agents(kernel.ps()))
         console.print(Text("Ask one: llmos ask AGENT TEXT    Stop: llmos down", style="dim"))
@@ -229,7 +208,7 @@ def run(
             "answers": [r.as_json() for r in results],
         }
         if as_json:
-            _print_json(summary)
+            print_json(summary)
         else:
             console.print(
                 f"{len(results) - len(failed)} answered, {len(failed)} failed. "
@@ -258,9 +237,9 @@ def launch(
         parsed = json.loads(config)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--config") from None
-    with _connected(system, address, as_json) as kernel:
+    with connected(system, address, as_json) as kernel:
         agent = kernel.launch(program, key, tenant=tenant, config=parsed)
-        _print_json({"agent": agent}) if as_json else typer.echo(agent)
+        print_json({"agent": agent}) if as_json else typer.echo(agent)
 
 
 @app.command()
@@ -279,7 +258,7 @@ def ask(
     from llmos.agents.messages import Question
     from llmos.shell.session import Result
 
-    with _connected(system, address, as_json) as kernel:
+    with connected(system, address, as_json) as kernel:
         if kind is None:
             try:
                 wire = Wire.of(Question(text=text))
@@ -294,15 +273,15 @@ def ask(
         if reply.error is not None:
             raise reply.error
         result = Result.of(kernel, reply.agent, text, reply)
-        _print_json(result.as_json()) if as_json else render.console().print(result.panel(None))
+        print_json(result.as_json()) if as_json else render.console().print(result.panel(None))
 
 
 @app.command()
 def ps(system: System = None, address: Address = None, as_json: AsJson = False) -> None:
     """List the agents."""
-    with _connected(system, address, as_json) as kernel:
+    with connected(system, address, as_json) as kernel:
         rows = kernel.ps()
-        _print_json(rows) if as_json else render.console().print(render.agents(rows))
+        print_json(rows) if as_json else render.console().print(render.agents(rows))
 
 
 @app.command()
@@ -313,9 +292,9 @@ def kill(
     as_json: AsJson = False,
 ) -> None:
     """Cancel an agent's turns and forget it and its state."""
-    with _connected(system, address, as_json) as kernel:
+    with connected(system, address, as_json) as kernel:
         killed = kernel.kill(agent)
-        _print_json({"killed": killed}) if as_json else typer.echo(f"killed {killed}")
+        print_json({"killed": killed}) if as_json else typer.echo(f"killed {killed}")
 
 
 # -------------------------------------------------------------------- looking
@@ -324,109 +303,16 @@ def kill(
 @app.command()
 def status(system: System = None, address: Address = None, as_json: AsJson = False) -> None:
     """Show processes, devices with memory by owner, slots and knowledge."""
-    with _connected(system, address, as_json) as kernel:
+    with connected(system, address, as_json) as kernel:
         state = kernel.status()
-        _print_json(state) if as_json else render.console().print(render.status(state))
+        print_json(state) if as_json else render.console().print(render.status(state))
 
 
 @app.command()
 def metrics(system: System = None, address: Address = None) -> None:
     """Print the Prometheus metrics of all processes."""
-    with _connected(system, address) as kernel:
+    with connected(system, address) as kernel:
         sys.stdout.write(kernel.metrics())
-
-
-@app.command()
-def strace(
-    turn: Annotated[
-        str | None, typer.Argument(help="A turn's id or its beginning; none lists the newest.")
-    ] = None,
-    agent: Annotated[str | None, typer.Option(help="List only this agent's turns.")] = None,
-    limit: Annotated[int, typer.Option("-n", help="How many to list.", min=1)] = 20,
-    system: System = None,
-    address: Address = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show a turn's syscalls with times, sources and rules.
-
-    Also works on the record of a kernel that is down, with --system NAME.
-    """
-    with exits.errors(as_json=as_json):
-        found, rows = _turns(system, address, turn, agent, limit)
-        if turn is None:
-            _print_json([_turn_json(r, []) for r in rows]) if as_json else render.console().print(
-                render.turns(rows)
-            )
-        elif found is None:
-            exits.fail(f"no turn {turn!r} is recorded", exits.NOT_FOUND)
-        elif as_json:
-            _print_json(_turn_json(*found))
-        else:
-            render.console().print(render.turn(*found))
-
-
-def _turns(
-    system: str | None, address: str | None, turn: str | None, agent: str | None, limit: int
-) -> tuple[tuple[TurnRow, list[SyscallRow]] | None, list[TurnRow]]:
-    """From the kernel that runs, or from the store of one that does not."""
-    from llmos.kernel.cluster import ClusterError
-
-    try:
-        from llmos.kernel.client import Kernel
-
-        with Kernel.connect(system, address=address) as kernel:
-            if turn is not None:
-                return kernel.turn(turn), []
-            return None, kernel.turns(agent, limit)
-    except ClusterError:
-        path = _offline_store(system)
-        if path is None:
-            raise
-    from llmos.drivers.registry import driver
-
-    store = driver("store", "sqlite")(path)
-    try:
-        if turn is not None:
-            return store.turn(turn), []
-        return None, store.turns(agent=agent, limit=limit)
-    finally:
-        store.close()
-
-
-def _offline_store(system: str | None) -> Path | None:
-    found = sorted(Settings().runs_dir.glob(f"{system or '*'}/store.db"))
-    return found[0] if len(found) == 1 else None
-
-
-def _turn_json(row: TurnRow, syscalls: list[SyscallRow]) -> dict[str, Any]:
-    return {
-        "turn": row.turn,
-        "agent": row.agent,
-        "epoch": row.epoch,
-        "kind": row.kind,
-        "message": record.unpack(row.message),
-        "cause": row.cause,
-        "started_at": row.started_at,
-        "elapsed_s": row.elapsed_s,
-        "status": row.status.value,
-        "reply": record.unpack(row.reply),
-        "error": row.error,
-        "syscalls": [
-            {
-                "seq": s.seq,
-                "name": s.name,
-                "resource": s.resource,
-                "started_s": s.started_s,
-                "elapsed_s": s.elapsed_s,
-                "status": s.status,
-                "request": record.unpack(s.request),
-                "result": record.unpack(s.result),
-                "provenance": record.unpack(s.provenance),
-                "labels": record.unpack(s.labels),
-            }
-            for s in syscalls
-        ],
-    }
 
 
 @app.command()
@@ -468,6 +354,14 @@ def version() -> None:
     from llmos import __version__
 
     typer.echo(__version__)
+
+
+for command in (
+    *(records.strace, records.replay),
+    *(operate.held, operate.release, operate.timers, operate.mail),
+    *(operate.backup, operate.restore, operate.drain, operate.rebalance),
+):
+    app.command()(command)
 
 
 def main() -> None:

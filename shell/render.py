@@ -13,9 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llmos.agents.messages import Answer
-from llmos.drivers.protocols import SyscallRow, TurnRow
-from llmos.kernel import record
 from llmos.kernel.core.errors import gib
+from llmos.shell.trace import Step, Trace
 from llmos.syscalls.messages import Message, RawMessage
 
 _STYLES = {
@@ -23,15 +22,26 @@ _STYLES = {
     "ready": "green",
     "ok": "green",
     "done": "green",
+    "identical": "green",
     "error": "red",
+    "unknown": "red",
+    "quarantined": "red",
+    "unknown effect": "red",
+    "different": "red",
     "failed": "red",
     "given up": "red",
     "denied": "magenta",
     "cancelled": "yellow",
+    "running": "yellow",
+    "mark": "cyan",
     "starting": "yellow",
     "waiting": "yellow",
     "loading": "yellow",
 }
+
+
+NODE_CHARS = 8
+"""Of a node's id are shown."""
 
 
 def console() -> Console:
@@ -88,10 +98,12 @@ def answer(message: Message) -> RenderableType:
     return Group(*parts)
 
 
-def where_time_went(syscalls: Sequence[SyscallRow], elapsed_s: float) -> str:
+def where_time_went(steps: Sequence[Step], elapsed_s: float) -> str:
     """The time of a turn by syscall, largest first. Overlapping calls count each."""
     spent: dict[str, tuple[float, int]] = {}
-    for row in syscalls:
+    for row in steps:
+        if row.status == "mark":
+            continue
         name = f"{row.name} {row.resource}".strip()
         total, count = spent.get(name, (0.0, 0))
         spent[name] = (total + row.elapsed_s, count + 1)
@@ -120,53 +132,74 @@ def question(
     )
 
 
-def turn(row: TurnRow, syscalls: Sequence[SyscallRow]) -> RenderableType:
-    """A turn, syscall by syscall."""
+def turn(trace: Trace) -> RenderableType:
+    """A turn, call by call."""
     head = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(row.started_at))
-    head.add_row("turn", row.turn)
-    head.add_row("agent", f"{row.agent}  (epoch {row.epoch})")
-    head.add_row("message", f"{row.kind} {record.unpack(row.message)}")
-    head.add_row("cause", row.cause)
-    head.add_row("started", f"{started}, took {seconds(row.elapsed_s)}")
-    head.add_row("status", _styled(row.status.value))
-    if row.error:
-        head.add_row("error", Text(row.error, style="red"))
+    started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(trace.started_at))
+    took = f"took {seconds(trace.elapsed_s)}" if trace.elapsed_s is not None else "has no end yet"
+    head.add_row("turn", trace.turn)
+    head.add_row("agent", f"{trace.agent}  (epoch {trace.epoch}, code {trace.code_version})")
+    head.add_row("message", f"{trace.kind} {trace.message}" if trace.kind else "(no end yet)")
+    head.add_row("cause", trace.cause or f"from {trace.sender}" if trace.kind else "")
+    head.add_row("started", f"{started}, {took}")
+    head.add_row("status", _styled(trace.status))
+    if trace.elapsed_s is not None:
+        change = f"change {trace.base} → {trace.base + 1}" if trace.changed else "not changed"
+        head.add_row("state", change)
+    if trace.error:
+        head.add_row("error", Text(trace.error_text(), style="red"))
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
     for column in ("#", "at", "took", "syscall", "status", "request → result"):
         table.add_column(column, justify="right" if column in ("#", "at", "took") else "left")
-    for s in syscalls:
+    for step in trace.steps:
+        mark = step.status == "mark"
         table.add_row(
-            str(s.seq),
-            seconds(s.started_s),
-            seconds(s.elapsed_s),
-            Text(f"{s.name} {s.resource}".strip(), style="bold"),
-            _styled(s.status),
-            _summary(s),
+            "" if mark else str(step.seq),
+            seconds(step.started_s),
+            "" if mark else seconds(step.elapsed_s),
+            Text(f"{step.name} {step.resource}".strip(), style="cyan" if mark else "bold"),
+            _styled(step.status),
+            _MARK_WORDS.get(step.name, "") if mark else _summary(step),
         )
-    reply = record.unpack(row.reply)
     shown: list[RenderableType] = [head, table]
-    if isinstance(reply, dict):
-        shown.append(Text(f"reply: {reply.get('text', reply)}"))
-    shown.append(Text(where_time_went(syscalls, row.elapsed_s), style="dim"))
+    if isinstance(trace.reply, dict):
+        shown.append(Text(f"reply: {trace.reply.get('text', trace.reply)}"))
+    if trace.elapsed_s is not None:
+        shown.append(Text(where_time_went(trace.steps, trace.elapsed_s), style="dim"))
     return Group(*shown)
 
 
-def _summary(row: SyscallRow) -> Group:
+_MARK_WORDS = {
+    "Patched": "this turn runs the code after that change",
+    "Retry": "a person has allowed another attempt",
+}
+
+
+def _summary(step: Step) -> Group:
     """What went in and came out, in a few lines."""
-    request, result = record.unpack(row.request), record.unpack(row.result)
+    request, result = step.request, step.result
     lines: list[Text] = []
-    asked = {k: v for k, v in request.items() if v not in (row.resource, None, "", [], ())}
+    asked = {k: v for k, v in request.items() if v not in (step.resource, None, "", [], ())}
     lines.append(Text(_cut(", ".join(f"{k}={_plain(v)}" for k, v in asked.items()), 150)))
-    if row.status != "ok":
-        lines.append(Text(_cut(f"{result['error']}: {result['message']}", 200), style="red"))
-    elif row.name == "Evaluate":
+    if step.pieces and step.status == "running":
+        lines.append(Text(f"{step.pieces} pieces handed out, no end recorded", style="yellow"))
+    if step.status == "running":
+        if isinstance(result, dict) and "text" in result:
+            lines.append(Text(_cut(f"→ {result['text']} …", 150), style="yellow"))
+    elif step.status == "unknown":
+        lines.append(Text("nobody knows whether it was carried out", style="red"))
+        lines.append(Text(f"llmos effects resolve {step.effect}", style="red"))
+    elif step.status != "ok":
+        error = result or {}
+        text = f"{error.get('error', '?')}: {error.get('message', '')}"
+        lines.append(Text(_cut(text, 200), style="red"))
+    elif step.name == "Evaluate":
         lines += [
             Text(f"→ {fired['rule']}  {_cut(fired['comment'], 90)}", style="cyan")
             for fired in result["fired"]
             if isinstance(fired, dict)
         ]
-    elif row.name == "Generate":
+    elif step.name == "Generate":
         speed = result["new_tokens"] / result["run_s"] if result["run_s"] else 0.0
         lines.append(
             Text(
@@ -184,7 +217,7 @@ def _summary(row: SyscallRow) -> Group:
             for p in result.get("passages", [])
             if isinstance(p, dict)
         ]
-    sources = record.unpack(row.provenance) or []
+    sources = [s for s in step.provenance if isinstance(s, dict)]
     if sources:
         names = dict.fromkeys(
             f"{s['source']}@{s['version'][:8]}" if s["version"] else s["source"] for s in sources
@@ -207,26 +240,49 @@ def agents(rows: Sequence[dict[str, Any]]) -> RenderableType:
     if not rows:
         return Text("No agent is launched. Launch one: llmos launch module:Class")
     table = Table(box=None, pad_edge=False)
-    for column in ("AGENT", "STATE", "HOST", "MODELS", "PROGRAM"):
+    for column in ("AGENT", "STATE", "HOST", "HELD", "MODELS", "PROGRAM"):
         table.add_column(column, overflow="fold")
     for row in rows:
+        name = row["agent"]
+        if "keys" in row:
+            name += f"  ({row['keys']}{'' if row['all_counted'] else ' or more'} agents)"
+        held = row.get("held", [])
         table.add_row(
-            row["agent"],
+            name,
             _styled(row["state"]),
             row["host"],
+            Text(_held_words(held), style="red"),
             ", ".join(row["models"]),
             row["program"],
         )
     return table
 
 
+def _held_words(held: Sequence[str]) -> str:
+    """Why one agent is held, or how many of a program's are."""
+    if not held:
+        return ""
+    reason = held[0].partition(": ")[2]
+    return reason or f"{len(held)}: llmos held"
+
+
 def status(state: dict[str, Any]) -> RenderableType:
     """``llmos status``."""
     processes = Table(box=None, pad_edge=False)
-    for column in ("PROCESS", "STATE", "STARTS", "LAST LOST BECAUSE"):
+    several = len(state.get("nodes", ())) > 1
+    where = ("NODE", "ADDRESS") if several else ()
+    for column in ("PROCESS", "STATE", "STARTS", *where, "LAST LOST BECAUSE"):
         processes.add_column(column, overflow="fold")
     for p in state["processes"]:
-        processes.add_row(p["name"], _styled(p["state"]), str(p["incarnation"]), p["reason"])
+        at = (p["node"][:NODE_CHARS], p["address"]) if several else ()
+        processes.add_row(p["name"], _styled(p["state"]), str(p["incarnation"]), *at, p["reason"])
+    if several:
+        kernel = next((n for n in state["nodes"] if n["kernel"]), {"id": "", "address": ""})
+        processes.add_row("kernel", "", "", kernel["id"][:NODE_CHARS], kernel["address"], "")
+        for node in state["nodes"]:
+            if node["drained"]:
+                at = (node["id"][:NODE_CHARS], node["address"])
+                processes.add_row("(drained)", "", "", *at, "")
     devices = Table(box=None, pad_edge=False)
     for column in ("DEVICE", "BUDGET", "FREE", "IN USE", "THREADS", "HELD BY"):
         devices.add_column(column, overflow="fold")
@@ -283,20 +339,20 @@ def status(state: dict[str, Any]) -> RenderableType:
     return Group(head, Text(), processes, Text(), devices, Text(), slots, Text(), knowledge)
 
 
-def turns(rows: Sequence[TurnRow]) -> RenderableType:
+def turns(traces: Sequence[Trace]) -> RenderableType:
     """``llmos strace`` without a turn: the newest."""
     table = Table(box=None, pad_edge=False)
     for column in ("TURN", "AGENT", "MESSAGE", "TOOK", "STATUS", ""):
         table.add_column(column, overflow="fold")
-    for row in rows:
-        body = record.unpack(row.message)
+    for trace in traces:
+        body = trace.message
         text = body.get("text", "") if isinstance(body, dict) else ""
         table.add_row(
-            row.turn,
-            row.agent,
-            f"{row.kind} {_cut(str(text), 50)}",
-            seconds(row.elapsed_s),
-            _styled(row.status.value),
-            _cut(row.error, 60),
+            trace.turn,
+            trace.agent,
+            f"{trace.kind} {_cut(str(text), 50)}",
+            seconds(trace.elapsed_s or 0.0),
+            _styled(trace.status),
+            _cut(trace.error_text(), 60),
         )
     return table

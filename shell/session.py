@@ -15,9 +15,10 @@ from rich.text import Text
 
 from llmos.agents.messages import Question
 from llmos.drivers.errors import LlmosError
-from llmos.drivers.protocols import SyscallRow
+from llmos.drivers.stores.rows import JournalRow
 from llmos.kernel.system import SystemFileError
 from llmos.shell import render
+from llmos.shell.trace import Trace
 from llmos.syscalls.messages import Reply, Wire
 
 if TYPE_CHECKING:
@@ -75,14 +76,14 @@ class Result:
     text: str
     reply: Reply | None
     error: LlmosError | None
-    syscalls: Sequence[SyscallRow] = ()
+    rows: Sequence[JournalRow] = ()
+    """Of its turn."""
     note: str = ""
 
     @classmethod
     def of(cls, kernel: Kernel, agent: str, text: str, reply: Reply) -> Result:
         """With the record of its turn."""
-        recorded = kernel.turn(reply.turn) if reply.turn else None
-        return cls(agent, text, reply, reply.error, recorded[1] if recorded else ())
+        return cls(agent, text, reply, reply.error, kernel.turn(reply.turn) if reply.turn else ())
 
     def panel(self, number: int | None) -> Panel:
         """For the terminal."""
@@ -93,7 +94,8 @@ class Result:
             body = render.answer(message) if message is not None else Text("(no reply)")
         footer = "no turn was begun"
         if self.reply is not None and self.reply.turn:
-            spent = render.where_time_went(self.syscalls, self.reply.elapsed_s)
+            steps = Trace.of(self.rows).steps if self.rows else []
+            spent = render.where_time_went(steps, self.reply.elapsed_s)
             footer = f"{spent}\nllmos strace {self.reply.turn}"
         return render.question(self.agent, self.text, body, footer, number, self.note)
 
@@ -116,7 +118,7 @@ class Result:
                     "elapsed_s": s.elapsed_s,
                     "status": s.status,
                 }
-                for s in self.syscalls
+                for s in (Trace.of(self.rows).steps if self.rows else ())
             ],
         }
 
@@ -131,11 +133,10 @@ def ask_all(kernel: Kernel, questions: Sequence[Asked], deadline_s: float) -> It
             async with places:
                 wire = Wire.of(Question(text=asked.text, data=asked.data))
                 reply = await aio.ask_reply(asked.agent, wire, deadline_s=deadline_s)
-            recorded = await aio.turn(reply.turn) if reply.turn else None
+            rows = await aio.turn(reply.turn) if reply.turn else []
         except LlmosError as error:
             return Result(asked.agent, asked.text, None, error, note=asked.note)
-        syscalls = recorded[1] if recorded else ()
-        return Result(reply.agent, asked.text, reply, reply.error, syscalls, asked.note)
+        return Result(reply.agent, asked.text, reply, reply.error, rows, asked.note)
 
     # On the client's loop and not in threads: an interrupt can cancel them all at once.
     futures = [kernel.start(one(asked)) for asked in questions]

@@ -15,9 +15,8 @@ from typer.testing import CliRunner, Result
 
 import llmos
 from llmos.drivers.errors import EngineBusy, EngineFailed, LlmosError, UnknownModel
-from llmos.drivers.protocols import AgentRow, AgentWrite
 from llmos.drivers.registry import driver
-from llmos.kernel import record
+from llmos.drivers.stores.rows import Append
 from llmos.kernel.client import InvalidLaunch
 from llmos.kernel.cluster import started_at
 from llmos.kernel.core.errors import AlreadyLaunched, DoesNotFit
@@ -301,8 +300,8 @@ def recorded(home: Path) -> None:
     run_folder = home / "runs" / "demo"
     run_folder.mkdir(parents=True)
     store = driver("store", "sqlite")(run_folder / "store.db")
-    store.commit([AgentWrite(AgentRow("acme/desk/main", "m:Desk", record.pack({}), 3, 1.0))])
-    store.commit([turn(), failed(), *syscalls()])
+    rows = [*syscalls(), turn(), failed()]
+    assert store.commit([[Append(row)] for row in rows]) == [None] * len(rows)
     store.close()
 
 

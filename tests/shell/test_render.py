@@ -10,8 +10,21 @@ from rich.console import Console
 from llmos.drivers.errors import EngineFailed
 from llmos.shell import render
 from llmos.shell.session import Result
+from llmos.shell.trace import Trace
 from llmos.syscalls.messages import RawMessage, Reply, Wire
-from tests.shell.rows import AGENTS, ANSWER, FIRED, SOURCE, STATUS, failed, syscalls, turn
+from tests.shell.rows import (
+    AGENTS,
+    ANSWER,
+    FIRED,
+    SOURCE,
+    STATUS,
+    failed,
+    syscalls,
+    turn,
+    unusual,
+)
+
+WHOLE = Trace.of([*syscalls(), turn()])
 
 
 def shown(renderable: Any, width: int = 200) -> str:
@@ -24,34 +37,61 @@ def shown(renderable: Any, width: int = 200) -> str:
 
 
 def test_brackets_of_users_are_shown_and_not_read_as_markup() -> None:
-    assert "a [/b] bracket, [red]colour[/red], :smile:" in shown(render.turns([turn()]), 300)
+    assert "a [/b] bracket, [red]colour[/red], :smile:" in shown(
+        render.turns([Trace.of([turn()])]), 300
+    )
 
 
 def test_a_turn_shows_every_syscall_with_its_essentials() -> None:
-    text = shown(render.turn(turn(), syscalls()))
+    text = shown(render.turn(WHOLE))
     for part in (
-        *("t-0001", "acme/desk/main", "epoch 3", "Question", "took 1.50 s", "done"),
+        *("t-0001", "acme/desk/main", "epoch 3", "Question", "took 1.50 s", "ok"),
         *("Retrieve help", "0.50 T: a [/b] bracket", "from a.md@01234567"),
         *("→ small", "Small amounts are paid back"),
         *("7 + 20 tokens, 10.0 tokens/s", "0.0 tokens/s"),
-        *("EngineFailed", "denied", "CapabilityDenied", "cancelled", "GeneratorExit"),
+        *("EngineFailed", "denied", "CapabilityDenied", "cancelled", "Cancelled"),
         *("reply: It is free.", "Generate chat ×4 1.00 s", "1.50 s in all"),
     ):
         assert part in text, part
 
 
 def test_a_failed_turn_shows_its_error() -> None:
-    text = shown(render.turn(failed(), []))
+    text = shown(render.turn(Trace.of([failed()])))
     assert "EngineFailed" in text
-    assert "failed" in text
+    assert "error" in text
     assert "reply:" not in text
+
+
+def test_what_has_no_end_is_shown_as_it_stands() -> None:
+    trace = Trace.of(unusual())
+    assert trace.status == "running"
+    assert trace.elapsed_s is None
+    assert [(s.seq, s.name, s.status) for s in trace.steps] == [
+        (1, "Call", "ok"),
+        (1, "Patched", "mark"),
+        (2, "Call", "unknown"),
+        (3, "Generate", "running"),
+        (4, "Call", "running"),
+        (4, "Retry", "mark"),
+    ]
+    assert trace.steps[0].phases == ["intent", "result"]
+    text = shown(render.turn(trace))
+    for part in (
+        *("running", "has no end yet", "seat", "Patched ask-twice", "after that change"),
+        *("nobody knows whether it was carried out", "llmos effects resolve t-0001/2"),
+        *("2 pieces handed out, no end recorded", "It is free …"),
+        "a person has allowed another attempt",
+    ):
+        assert part in text, part
+    as_json = trace.as_json()
+    assert json.loads(json.dumps(as_json))["syscalls"][2]["effect"] == "t-0001/2"
 
 
 @pytest.mark.parametrize("width", [20, 40, 80, 300])
 def test_no_width_breaks_anything(width: int) -> None:
     for renderable in (
-        render.turn(turn(), syscalls()),
-        render.turns([turn(), failed()]),
+        render.turn(WHOLE),
+        render.turns([Trace.of([turn()]), Trace.of([failed()])]),
         render.status(STATUS),
         render.agents(AGENTS),
         render.answer(ANSWER),
@@ -60,11 +100,11 @@ def test_no_width_breaks_anything(width: int) -> None:
 
 
 def test_turns_are_listed_with_what_came_of_them() -> None:
-    text = shown(render.turns([turn(), failed()]))
+    text = shown(render.turns([Trace.of([turn()]), Trace.of([failed()])]))
     assert "t-0001" in text
     assert "t-0002" in text
-    assert "failed" in text
-    assert "EngineFailed: a [/b]" in text
+    assert "error" in text
+    assert "EngineFailed: The engine" in text
     assert "TURN" in shown(render.turns([]))
 
 
@@ -77,6 +117,23 @@ def test_status_shows_what_is_wrong_in_its_own_words() -> None:
         *("ready", "loading"),
     ):
         assert part in text, part
+
+
+def test_held_agents_and_those_of_a_program_are_listed() -> None:
+    base = AGENTS[0]
+    text = shown(
+        render.agents(
+            [
+                {**base, "held": ["acme/desk/main: quarantined"]},
+                {**base, "agent": "acme/x/*", "keys": 7, "all_counted": True, "held": []},
+                {**base, "agent": "acme/y/*", "keys": 2000, "all_counted": False, "held": ["a"]},
+            ]
+        )
+    )
+    assert "quarantined" in text
+    assert "acme/x/*  (7 agents)" in text
+    assert "2000 or more agents" in text
+    assert "1: llmos held" in text
 
 
 def test_agents_are_listed_or_the_way_to_one_is() -> None:
@@ -104,7 +161,7 @@ def test_durations_for_people(value: float, said: str) -> None:
 
 
 def test_where_the_time_went_adds_up_by_syscall() -> None:
-    text = render.where_time_went(syscalls(), 2.0)
+    text = render.where_time_went(WHOLE.steps, 2.0)
     assert text.startswith("2.00 s in all: Generate chat ×4 1.00 s, ")
     assert "Now 250 ms" in text
     assert render.where_time_went([], 0.1) == "100 ms in all: "
@@ -115,7 +172,7 @@ def test_where_the_time_went_adds_up_by_syscall() -> None:
 
 def test_a_result_is_a_panel_and_json() -> None:
     reply = Reply("t-0001", "acme/desk/main", wire=Wire.of(ANSWER), provenance=(SOURCE,))
-    result = Result("acme/desk/main", "Is it [/free]?", reply, None, syscalls())
+    result = Result("acme/desk/main", "Is it [/free]?", reply, None, [*syscalls(), turn()])
     text = shown(result.panel(1))
     assert "1. acme/desk/main" in text
     assert "“Is it [/free]?”" in text
