@@ -6,10 +6,11 @@ BIN    := $(VENV)/bin
 EXAMPLE := examples/clinic-and-bank
 # For example: make demo DATA="--data bank-intents=train.csv"
 DATA   ?=
+SEED   ?= 1
 MODELS := smollm2-135m-instruct minilm-l6
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check format bench lock clean models
+.PHONY: help demo test test-fast check chaos format bench lock clean models
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -28,6 +29,10 @@ check: $(VENV)/.dev ## linters, types, import contracts
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy -p llmos
 	@$(BIN)/lint-imports
+
+chaos: $(VENV)/.dev ## 200 random kills on SQLite, then on PostgreSQL; SEED=n
+	@$(BIN)/python -m tests.chaos --kills 200 --seed $(SEED) --store sqlite
+	@$(BIN)/python -m tests.chaos --kills 200 --seed $(SEED) --store postgres
 
 format: $(VENV)/.dev ## format the code
 	@$(BIN)/ruff check --fix .

@@ -113,6 +113,10 @@ def tables() -> Iterator[tuple[str, type[BaseModel]]]:
     yield "## `[corpora.NAME]`", system.CorpusTable
     yield "## `[graphs.NAME]`", system.GraphTable
     yield "## `[rules.NAME]`", system.RulesTable
+    yield "## `[tools.NAME]`", system.ToolTable
+    yield "## `[mailboxes]`", system.MailboxesTable
+    yield "## `[restarts]`", system.RestartsTable
+    yield "## `[store]`", system.StoreTable
     yield "## `[[agents]]`", system.AgentTable
 
 
@@ -191,6 +195,21 @@ def test_every_metric_is_described() -> None:
     text = text_of("docs/reference/metrics.md")
     named = set(re.findall(r"^\| `(llmos_\w+)` \|", text, re.MULTILINE))
     assert named == {metric.name for metric in REGISTRY.collect()}
+
+
+SHOWN = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+
+
+def test_every_test_that_shows_a_promise_exists() -> None:
+    named = SHOWN.findall(text_of("docs/durability.md"))
+    assert len(named) > 50
+    functions = {file: text_of(file) for file in {f for f, _ in named} if (ROOT / file).is_file()}
+    missing = [
+        f"{file}::{name}"
+        for file, name in named
+        if not re.search(rf"^ *(async )?def {name}\(", functions.get(file, ""), re.MULTILINE)
+    ]
+    assert not missing
 
 
 # ------------------------------------------------------------------ code in the pages
