@@ -30,7 +30,8 @@ check: $(VENV)/.dev ## linters, types, import contracts
 	@$(BIN)/mypy -p llmos
 	@$(BIN)/lint-imports
 
-chaos: $(VENV)/.dev ## 200 random kills on SQLite, then on PostgreSQL; SEED=n
+chaos: $(VENV)/.dev ## lost nodes and heads; 200 random kills on SQLite and on PostgreSQL; SEED=n
+	@$(BIN)/python -m pytest -m chaos
 	@$(BIN)/python -m tests.chaos --kills 200 --seed $(SEED) --store sqlite
 	@$(BIN)/python -m tests.chaos --kills 200 --seed $(SEED) --store postgres
 

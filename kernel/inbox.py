@@ -742,11 +742,14 @@ class Inbox:
 
     async def _after(self, entry: Entry, active: Active | None, outcome: Outcome) -> None:
         agent, reply = entry.mail.receiver, outcome.reply
+        if entry.unsure:
+            # The store may have what it has sent, and its state: both are read there before
+            # the agent has another turn, which would send more and save another state.
+            self._leave()
+            if not entry.spec.read_only:
+                self._activations.drop(agent)
         match outcome.ending:
             case Ending.AGAIN:
-                if entry.store_failed:
-                    # Nobody knows whether the store has its state: the agent is read again.
-                    self._activations.drop(agent)
                 self.mailboxes.again(entry.id, outcome.not_before)
                 # Of what is not durable only the error is told; whoever asks again finds the
                 # message.

@@ -105,7 +105,7 @@ class Entry:
     begun: bool = False
     """Whether the store knows that this attempt has begun."""
     unsure: bool = False
-    """Whether the store could not keep something of it, and so may not have it at all."""
+    """Whether nobody knows what the store has of it: a commit failed, or its answer was lost."""
     again: bool = False
     """Whether an earlier run of its turn was cut off."""
     careful: bool = False
@@ -282,9 +282,10 @@ class TurnRunner:
         except LlmosError as refused:
             # Not durable, so nobody may see it: not the state, the messages or the reply.
             log.error("turn %s of %s could not be committed: %s", turn, agent, refused)
+            entry.unsure = True
             if not (entry.stored or turn_log.opened):
                 return Outcome(Ending.DONE, Reply(turn, agent, error=refused))
-            entry.stored = entry.store_failed = entry.unsure = True
+            entry.stored = entry.store_failed = True
             entry.story.append(f"turn {turn} could not be committed: {refused}")
             again_at = self._clock.time() + STORE_RETRY_S
             return Outcome(Ending.AGAIN, Reply(turn, agent, error=refused), not_before=again_at)

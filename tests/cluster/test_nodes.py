@@ -225,6 +225,7 @@ def boot_at(raylets: Raylets, node: str, home: Path, file: Path) -> None:
     assert "t/noting/*" in done.stdout
 
 
+@pytest.mark.chaos
 def test_the_head_is_restarted_and_then_the_node_of_kernel_and_journal_is_lost(
     no_token: None, redis: str, database: Callable[[], str], tmp_path: Path
 ) -> None:
