@@ -133,13 +133,16 @@ class Activations:
         Raises:
             UnknownAgent, ProgramError, StateError.
         """
-        active = self.here(agent)
-        if active is not None:
-            return active
-        found = (await self.load([agent]))[agent]
-        if isinstance(found, LlmosError):
-            raise found
-        return found
+        while True:
+            active = self.here(agent)
+            if active is not None:
+                return active
+            found = (await self.load([agent]))[agent]
+            if isinstance(found, LlmosError):
+                raise found
+            if self._active.get(agent) is found:
+                return found
+            # It was dropped meanwhile: what was read may be out of date.
 
     async def load(self, agents: Iterable[str]) -> dict[str, Active | LlmosError]:
         """Many agents at once: one read for all that are not in memory."""
@@ -173,7 +176,8 @@ class Activations:
             rows = await self._read(agents)
         except LlmosError as error:
             for agent, future in wanted.items():
-                self._loading.pop(agent, None)
+                if self._loading.get(agent) is future:
+                    del self._loading[agent]
                 if not future.done():
                     future.set_exception(error)
             return
@@ -193,9 +197,11 @@ class Activations:
                 result = as_llmos_error(error, agent, "")
             else:
                 result = active
-                self._active[agent] = active
-                self._loaded(active)
-            self._loading.pop(agent, None)
+                if self._loading.get(agent) is future:
+                    self._active[agent] = active
+                    self._loaded(active)
+            if self._loading.get(agent) is future:
+                del self._loading[agent]
             self._took.append(time.perf_counter() - began)
             if future.done():
                 continue
@@ -215,7 +221,8 @@ class Activations:
         return prepared
 
     def drop(self, agent: str) -> None:
-        """Forget an agent; its rows are in the store."""
+        """Forget an agent, also one that is being read; its rows are in the store."""
+        self._loading.pop(agent, None)
         if self._active.pop(agent, None) is not None:
             self._dropped(agent)
 
@@ -244,8 +251,8 @@ class Activations:
         }
 
     def agents(self) -> list[str]:
-        """Those in memory."""
-        return list(self._active)
+        """Those in memory, or on the way there."""
+        return [*self._active, *(a for a in self._loading if a not in self._active)]
 
 
 def first_state(name: str, program: Program) -> BaseModel:

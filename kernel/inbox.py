@@ -11,7 +11,7 @@ import contextlib
 import logging
 import os
 from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any
 
 from llmos.drivers.errors import (
@@ -58,6 +58,7 @@ from llmos.syscalls.errors import (
     Cancelled,
     DeadlineExceeded,
     DeliveryFailed,
+    EffectUnknown,
     Quarantined,
     UnhandledMessage,
     UnknownAgent,
@@ -129,9 +130,13 @@ class Inbox:
         """Messages that are being given up."""
         self._doors: dict[str, _Door] = {}
         """Agents for which messages wait to be taken in."""
+        self._doubtful: set[int] = set()
+        """Shards whose mail is to be read once more."""
         self._ended: OrderedDict[str, None] = OrderedDict()
         """Messages that have ended here, the last of them. A message of this host's own may have
         been read in the store, and handled, before the answer to the commit that sent it came."""
+        self._unsure: set[str] = set()
+        """Agents of which nobody knows what the store has: they are read again."""
         self._behind = self._behind_again = False
         """Whether mail of this host's own was left in the store: what comes after it must then be
         read there, too, or would overtake it. Again: since the last look into the store began."""
@@ -167,6 +172,10 @@ class Inbox:
         if gained:
             for shard in gained:
                 self._shards[shard] = asyncio.Event()
+            for agent in self._activations.agents():
+                if shard_of(agent) in gained:
+                    # Another host may have had it since it was read.
+                    self._activations.drop(agent)
             self._spawn(self._recover(frozenset(gained)), "recovering mail")
 
     def _let_go(self, shards: set[int]) -> None:
@@ -176,7 +185,8 @@ class Inbox:
                 entry.task.cancel(MOVE)
                 continue
             self.mailboxes.withdraw(entry.id, entry.mail.receiver)
-            self._end(entry, Reply("", entry.mail.receiver, error=self._stale(entry.mail.receiver)))
+            stale = self._stale(entry.mail.receiver)
+            self._end(entry, Reply("", entry.mail.receiver, error=stale), elsewhere=True)
         for agent in self._activations.agents():
             if shard_of(agent) in shards:
                 self._activations.drop(agent)
@@ -192,7 +202,8 @@ class Inbox:
                 running.append(entry.task)
                 continue
             self.mailboxes.withdraw(entry.id, entry.mail.receiver)
-            self._end(entry, Reply("", entry.mail.receiver, error=self._stale(entry.mail.receiver)))
+            stale = self._stale(entry.mail.receiver)
+            self._end(entry, Reply("", entry.mail.receiver, error=stale), elsewhere=True)
         if running:
             _, late = await asyncio.wait(running, timeout=grace_s)
             for task in late:
@@ -229,6 +240,14 @@ class Inbox:
 
     async def _recover(self, gained: frozenset[int]) -> None:
         """Read all the mail of new shards, in the order it came."""
+        ending = [
+            entry.task
+            for entry in self.entries.values()
+            if entry.task is not None and shard_of(entry.mail.receiver) in gained
+        ]
+        if ending:
+            # Turns from when they were here before: what they leave behind is to be read, too.
+            await asyncio.wait(ending)
         async with self._reading:
             after = 0
             rows: list[MailRow] = []
@@ -264,6 +283,20 @@ class Inbox:
             if event is not None:
                 event.set()
         self._pump()
+
+    def _look_again(self, shard: int) -> None:
+        """Read the mail of a shard once more, a little later."""
+        if shard in self._doubtful:
+            return
+        self._doubtful.add(shard)
+
+        async def later() -> None:
+            await self._clock.sleep(STORE_RETRY_S)
+            self._doubtful.discard(shard)
+            if shard in self._shards and not self.closing:
+                await self._recover(frozenset({shard}))
+
+        self._spawn(later(), "reading mail again")
 
     async def _until_room(self) -> None:
         while len(self.entries) >= MAX_WAITING and not self.closing:
@@ -392,7 +425,7 @@ class Inbox:
             if row.deaths > deaths:
                 decision = after_death(self._policy, row.deaths, envelope.asked)
                 if isinstance(decision, Bury):
-                    self._give_up(row, envelope, own, decision.reason)
+                    self._give_up(row, envelope, own, decision.reason, recorded)
                     return
                 begin = BeginMail(*row.key, row.attempts, row.deaths, row.turn, 0)
                 self._committer.put([own, begin])
@@ -404,17 +437,32 @@ class Inbox:
         entry.rows, entry.careful = recorded, careful
         self._offer(entry, force=True)
 
-    def _give_up(self, row: MailRow, envelope: Envelope | None, own: Own, reason: str) -> None:
-        burial = self._spawn(self._bury(row, envelope, own, reason), "burying")
+    def _give_up(
+        self,
+        row: MailRow,
+        envelope: Envelope | None,
+        own: Own,
+        reason: str,
+        recorded: Sequence[JournalRow] = (),
+    ) -> None:
+        burial = self._spawn(self._bury(row, envelope, own, reason, recorded), "burying")
         self._burials.add(burial)
         burial.add_done_callback(self._burials.discard)
 
-    async def _bury(self, row: MailRow, envelope: Envelope | None, own: Own, reason: str) -> None:
+    async def _bury(
+        self,
+        row: MailRow,
+        envelope: Envelope | None,
+        own: Own,
+        reason: str,
+        recorded: Sequence[JournalRow],
+    ) -> None:
         log.error("message %s#%d to %s: %s", row.stream, row.seq, row.receiver, reason)
         part: list[Write] = [own]
         if envelope is not None and envelope.asked:
             # Who asks again is told; a dead letter would be for those that nobody waits for.
             error = DeliveryFailed(row.receiver, envelope.id, row.deaths, reason)
+            part += _interrupted(recorded)
             part.append(_refusal(row, envelope, error, self._epoch, self._clock.time()))
             part.append(EndMail(*row.key))
         else:
@@ -570,6 +618,7 @@ class Inbox:
                 raise
             if not self._withdraw(taken) and taken.task is not None:
                 by = str(cancelled.args[0]) if cancelled.args else "its asker"
+                taken.abandoned = True
                 taken.task.cancel(by)
             raise
 
@@ -665,6 +714,12 @@ class Inbox:
         agent, mail = entry.mail.receiver, entry.mail
         active: Active | None = None
         try:
+            if agent in self._unsure:
+                # What left before this is kept or refused when this has been answered.
+                await self._committer.commit([Own(agent, self._epoch)])
+                if agent in self._unsure:
+                    self._unsure.discard(agent)
+                    self._activations.drop(agent)
             active = self._activations.here(agent) or await self._activations.get(agent)
             if entry.careful:
                 own = Own(agent, self._epoch, active.prepared.launch.id)
@@ -690,7 +745,14 @@ class Inbox:
         except asyncio.CancelledError as cancelled:
             by = str(cancelled.args[0]) if cancelled.args else "?"
             error: LlmosError = Cancelled(f"The turn of {agent}", by)
-            outcome = Outcome(Ending.KEPT, Reply("", agent, error=error))
+            if by == MOVE:
+                # Who asks is to ask the new owner.
+                error = self._stale(agent)
+            # Not within its handler. Nobody waits for it any more, but the store has it, and
+            # its turn may have had effects: it is seen through.
+            seen_through = entry.abandoned and entry.stored and by not in (MOVE, SHUTDOWN)
+            ending = Ending.AGAIN if seen_through else Ending.KEPT
+            outcome = Outcome(ending, Reply("", agent, error=error))
         except UnknownAgent as killed:
             outcome = Outcome(Ending.KEPT, Reply("", agent, error=killed.with_traceback(None)))
         except (StaleEpoch, AlreadyHandled) as ended:
@@ -747,7 +809,7 @@ class Inbox:
             # the agent has another turn, which would send more and save another state.
             self._leave()
             if not entry.spec.read_only:
-                self._activations.drop(agent)
+                self._unsure.add(agent)
         match outcome.ending:
             case Ending.AGAIN:
                 self.mailboxes.again(entry.id, outcome.not_before)
@@ -769,7 +831,10 @@ class Inbox:
                 self._end(entry, reply)
             case _:
                 self.mailboxes.done(entry.id)
-                self._end(entry, reply)
+                self._end(entry, reply, elsewhere=outcome.ending is not Ending.DONE)
+                if isinstance(reply.error, StaleEpoch) and self.owns(agent):
+                    # The store knows another owner than the kernel says: one of them will change.
+                    self._look_again(shard_of(agent))
         if outcome.mail:
             self._sent(outcome.mail)
         if outcome.timers:
@@ -783,14 +848,21 @@ class Inbox:
         if not entry.reply.done():
             entry.reply.set_result(reply)
 
-    def _end(self, entry: Entry, reply: Reply) -> None:
-        """The message is no longer this host's business."""
+    def _end(self, entry: Entry, reply: Reply, *, elsewhere: bool = False) -> None:
+        """The message is no longer this host's business.
+
+        Args:
+            entry: The message.
+            reply: What whoever waits for it is told.
+            elsewhere: It goes on in another host, and may come back with its shard.
+        """
         self.entries.pop(entry.id, None)
-        self._ended[entry.id] = None
-        while len(self._ended) > MAX_ENDED:
-            self._ended.popitem(last=False)
-        if self._ended_meanwhile is not None:
-            self._ended_meanwhile.add(entry.id)
+        if not elsewhere:
+            self._ended[entry.id] = None
+            while len(self._ended) > MAX_ENDED:
+                self._ended.popitem(last=False)
+            if self._ended_meanwhile is not None:
+                self._ended_meanwhile.add(entry.id)
         self._answer(entry, reply)
         # Of what ended so nothing may be durable: who asks again is to find out how it goes.
         lost = isinstance(reply.error, StoreError | Busy | Cancelled | DeadlineExceeded)
@@ -899,6 +971,23 @@ def _id(receiver: str, stream: str, seq: int) -> str:
 def _story(row: MailRow) -> str:
     story = f"attempts begun: {row.attempts}; hosts lost with it: {row.deaths}"
     return f"{story}; its last turn: llmos strace {row.turn}" if row.turn else story
+
+
+def _interrupted(recorded: Sequence[JournalRow]) -> list[Write]:
+    """For each call outside that a turn has begun, and of which no end is known: that."""
+    ended = {r.seq for r in recorded if r.phase in ("result", "failed", "unknown")}
+    return [
+        Append(
+            row._replace(
+                phase="unknown",
+                result=record.error_of(
+                    EffectUnknown(row.agent, row.turn, row.seq, row.name, row.idem_key)
+                ),
+            )
+        )
+        for row in recorded
+        if row.phase == "intent" and row.seq not in ended
+    ]
 
 
 def _refusal(row: MailRow, envelope: Envelope, error: LlmosError, epoch: int, now: float) -> Write:

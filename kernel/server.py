@@ -488,7 +488,10 @@ class KernelServer(Inventory, Slots, Looking, NodeDrain):
 
     async def _wake(self, action: act.WakeAt) -> None:
         await self._clock.sleep(max(0.0, action.when - self._clock.monotonic()))
-        self._apply(ev.Tick(now=self._clock.monotonic(), cause=action.cause))
+        # Timers of uvloop may be a millisecond early: a tick that comes before its time would
+        # start nothing, and no other one would come.
+        now = max(self._clock.monotonic(), action.when)
+        self._apply(ev.Tick(now=now, cause=action.cause))
 
     async def _watch(self, action: act.StartProcess) -> None:
         """Start a process, say when it is up, and when it is gone."""

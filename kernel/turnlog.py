@@ -91,6 +91,8 @@ class TurnLog:
             StoreError, DeadlineExceeded, Busy: one of them could not be kept.
         """
         await self._settle()
+        while self._tickets:
+            await self._settle()  # Calls side by side: another one's rows have left meanwhile.
         if self._rows or self.pieces or self._opening:
             self._flush()
         if self._rows or self._opening:
@@ -134,12 +136,19 @@ class TurnLog:
         """
         self._ended = True
         rows = self._gather()
-        try:
-            await self._settle()
-        except StaleEpoch:
-            raise
-        except LlmosError:
-            pass  # They are among the rows again, and the commit has its own say.
+        while True:
+            try:
+                await self._settle()
+            except StaleEpoch:
+                raise
+            except LlmosError:
+                pass  # They are among the rows again, and the commit has its own say.
+            except asyncio.CancelledError:
+                if any(ticket.done.cancelled() for ticket, *_ in self._tickets):
+                    raise
+                # Too late: what is on its way must be followed by the end of the turn.
+                continue
+            break
         rows = self._rows + rows
         self._rows = []
         opening = self._opening if self.opened else []

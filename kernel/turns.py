@@ -108,6 +108,8 @@ class Entry:
     """Whether nobody knows what the store has of it: a commit failed, or its answer was lost."""
     again: bool = False
     """Whether an earlier run of its turn was cut off."""
+    abandoned: bool = False
+    """Whether it was given up by who asked, with its turn under way."""
     careful: bool = False
     """Whether a host was lost that had it: its attempt begins when the store knows of it."""
     rows: list[JournalRow] = field(default_factory=list)
@@ -217,7 +219,9 @@ class TurnRunner:
             except (LlmosError, ValueError, TypeError, OverflowError, RecursionError) as unfit:
                 # Too large, or holds what has no form outside this process.
                 error = as_llmos_error(unfit, agent, turn)
-        if isinstance(error, Cancelled) and error.by in (SHUTDOWN, MOVE):
+        mine = isinstance(error, Cancelled) and error.what == _what(agent)
+        if mine and isinstance(error, Cancelled) and error.by in (SHUTDOWN, MOVE):
+            # Not where that became of the turn of an agent that it asked.
             return await self._put_down(entry, error, own, turn_log)
         elapsed = self._clock.monotonic() - began
         if error is not None:
@@ -276,6 +280,11 @@ class TurnRunner:
             return await self._fail(
                 entry, active, own, rest, turn_row(None, error), error, the_reply(None, error)
             )
+        except asyncio.CancelledError:
+            # Between two attempts to commit it: the first may have been kept.
+            entry.stored = entry.stored or turn_log.opened
+            entry.store_failed = entry.unsure = True
+            raise
         except (StaleEpoch, AlreadyHandled) as refused:
             log.warning("turn %s of %s is not committed: %s", turn, agent, refused)
             return Outcome(Ending.LOST, Reply(turn, agent, error=refused))
@@ -353,6 +362,8 @@ class TurnRunner:
                 active.sent += 1
                 entry.numbers.append(active.sent)
             number = entry.numbers[len(rows)]
+            # The agent may have been read again meanwhile, without them.
+            active.sent = max(active.sent, number)
             envelope = Envelope(
                 receiver=action.receiver,
                 sender=active.agent,
@@ -502,20 +513,30 @@ class TurnRunner:
             error = Quarantined(own.agent, story)
         log.error("%s is held (%s): %s", own.agent, kind, story)
         reply = Reply(entry.mail.turn, own.agent, error=error)
-        try:
-            await turn_log.barrier()
-            entry.stored = True
-            rest = await turn_log.rest()
-            # Epoch 0: a host that is lost while it waits is not lost with this turn.
-            mail, entry.begun = entry.mail, False
-            kept = BeginMail(*entry.envelope.key, mail.attempts, mail.deaths, mail.turn, 0)
-            part = [own, *rest, kept, SetHold(own.agent, kind, story)]
-            await self._see_through(self._committer.put(part).done)
-        except StaleEpoch as stale:
-            return Outcome(Ending.LOST, Reply(entry.mail.turn, own.agent, error=stale))
-        except LlmosError as refused:
-            # It stays held in this host; the next one finds the same.
-            log.error("that %s is held could not be recorded: %s", own.agent, refused)
+        # Epoch 0: a host that is lost while it waits is not lost with this turn.
+        mail = entry.mail
+        begin = BeginMail(*entry.envelope.key, mail.attempts, mail.deaths, mail.turn, 0)
+        rest: list[Write] | None = None
+        while True:
+            try:
+                if rest is None:
+                    await turn_log.barrier()
+                    entry.stored, entry.begun = True, False
+                    rest = await turn_log.rest()
+                part = [own, *rest, begin, SetHold(own.agent, kind, story)]
+                await self._see_through(self._committer.put(part).done)
+            except StaleEpoch as stale:
+                return Outcome(Ending.LOST, Reply(entry.mail.turn, own.agent, error=stale))
+            except (StoreUnavailable, DeadlineExceeded, Busy) as later:
+                # Until the store knows, nobody is asked.
+                log.error("that %s is held is not recorded yet: %s", own.agent, later)
+                await self._clock.sleep(STORE_RETRY_S)
+            except LlmosError as refused:
+                # It stays held in this host; the next one finds the same.
+                log.error("that %s is held could not be recorded: %s", own.agent, refused)
+                break
+            else:
+                break
         active.hold, active.story = kind, story
         return Outcome(Ending.HELD, reply, monitors=kind == "quarantined")
 
@@ -576,7 +597,7 @@ class TurnRunner:
                     raise ReadOnlyTurn(agent, spec.method, "changed the state")
             except asyncio.CancelledError as cancelled:
                 by = str(cancelled.args[0]) if cancelled.args else "its asker"
-                return None, Cancelled(f"The turn of {agent}", by), None
+                return None, Cancelled(_what(agent), by), None
             except LlmosError as error:
                 if not dispatcher.stopped.done():
                     log.warning("turn failed: %s", error)
@@ -650,6 +671,11 @@ class TurnRunner:
 def _turns(program: str, status: str) -> Histogram:
     series: Histogram = TURNS.labels(program=program, status=status)
     return series
+
+
+def _what(agent: str) -> str:
+    """What is cancelled, where an agent's own turn is."""
+    return f"The turn of {agent}"
 
 
 def _opening(entry: Entry) -> list[Write]:

@@ -130,7 +130,8 @@ def check(
         for line, count in book["out"].items():
             receivers = [a for a in PROGRAMS if line.endswith(f">{a.rsplit('/', 1)[1]}")]
             if line == "bell*":
-                receivers = list(ACCOUNTS[:2])
+                listening = [history.replies[a][0] for a in history.replies if a[:8] == "client0>"]
+                receivers = [a for a in ACCOUNTS if a in listening]
             for receiver in receivers:
                 for n in range(count):
                     about = f"{line}#{n}"

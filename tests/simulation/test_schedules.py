@@ -56,3 +56,9 @@ def test_seeds(block: int) -> None:
     for seed in range(block * 1_000_000, block * 1_000_000 + count):
         found = simulate(seed, random_faults(seed), size=2)
         assert not found.violations, (seed, found.happened, found.violations)
+
+
+def test_an_owner_that_the_store_does_not_know_yet() -> None:
+    """A moved shard's mail was refused, dropped, and never looked for again."""
+    found = simulate(9, random_faults(9))
+    assert not found.violations, (found.happened, found.violations)

@@ -19,11 +19,11 @@ SWITCHES: tuple[tuple[Callable[[], AbstractContextManager[None]], bool, str, set
     (contextlib.nullcontext, False, "cut host:0", {"effect", "duplicated", "money", "lost"}),
     (switches.no_dedup, True, "kill host:1", {"duplicated"}),
     (switches.no_barrier, True, "kill host:1", {"duplicated", "effect"}),
-    (switches.messages_first, True, "kill host:1", {"duplicated", "money"}),
+    (switches.messages_first, True, "refuse all 3", {"duplicated", "money", "lost"}),
 )
 """What is off, whether the store fences, what happens, and kinds of which one must be found."""
 
-BOUNDARIES = range(20, 44)
+BOUNDARIES = range(10, 44)
 """Among these there is one for each of them."""
 
 

@@ -278,6 +278,7 @@ class World:
         for n, agent in enumerate(PROGRAMS):
             self.shards[shard_of(agent)] = HOSTS[n % 2]
         self.moving: set[int] = set()
+        self._context = contextvars.copy_context()
         self._control = asyncio.Lock()
         self._last: dict[tuple[int, int], float] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -605,7 +606,8 @@ class World:
 
     def spawn(self, work: Any) -> None:
         """Do something beside."""
-        task = asyncio.ensure_future(work)
+        # Not the work of whichever process has set it off, which may be dead the next moment.
+        task = asyncio.get_running_loop().create_task(work, context=self._context.copy())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
