@@ -153,6 +153,8 @@ class Committer:
             for ticket in batch:
                 if ticket.done.done():
                     continue
+                if isinstance(error, GeneratorExit):
+                    continue  # The loop is gone, and whoever waited in it.
                 if isinstance(error, asyncio.CancelledError):
                     # As an exception it could not be told from a cancellation of whoever waits.
                     ticket.done.cancel()

@@ -39,7 +39,7 @@ from llmos.kernel.activation import Activations, Active
 from llmos.kernel.clock import Clock
 from llmos.kernel.committer import Committer
 from llmos.kernel.core.attempts import Bury, MailPolicy, after_death
-from llmos.kernel.core.mailboxes import Mailboxes, Turn
+from llmos.kernel.core.mailboxes import FIRST, Mailboxes, Turn
 from llmos.kernel.dispatch import as_llmos_error
 from llmos.kernel.metrics import TURN_WAIT
 from llmos.kernel.program import HandlerSpec
@@ -667,7 +667,8 @@ class Inbox:
             entry.spec.read_only,
             mail.stream,
             mail.seq,
-            mail.priority,
+            # One that was cut off goes on with the state that it began with.
+            FIRST if mail.turn else mail.priority,
             mail.not_before,
         )
         if not self.mailboxes.offer(turn, force=force):
@@ -728,7 +729,7 @@ class Inbox:
                 entry.begun = True
             if entry.store_failed:
                 rows = await self._services.read_store("turns_rows", [mail.turn])
-                entry.rows, entry.store_failed = rows.get(mail.turn, []), False
+                entry.rows = rows.get(mail.turn, [])
                 if any(row.seq == 0 and row.kind == TURN for row in entry.rows):
                     # Its commit was kept; only the word of it did not come back.
                     self._hinted.set()
@@ -737,6 +738,7 @@ class Inbox:
                     if kept is not None:
                         active.refresh(kept)
                     mail = await self._next_attempt(entry)
+                entry.store_failed = False  # Last: each of these may fail, and is done again.
             if mail.attempts > 1 and _calls_outside(active):
                 entry.carried = await self._earlier_effects(entry)
             active.used_at = self._clock.monotonic()
@@ -812,14 +814,24 @@ class Inbox:
                 self._unsure.add(agent)
         match outcome.ending:
             case Ending.AGAIN:
-                self.mailboxes.again(entry.id, outcome.not_before)
                 # Of what is not durable only the error is told; whoever asks again finds the
                 # message.
                 self._answer(entry, reply)
+                if not entry.mail.turn:
+                    self.mailboxes.again(entry.id, outcome.not_before)
+                else:
+                    # It is the same turn that runs again, with what it has recorded, and so
+                    # must find the state that it began with: no other comes between.
+                    late_s = outcome.not_before - self._clock.time()
+                    await self._clock.sleep(min(max(late_s, 0.0), STORE_RETRY_S))
+                    if entry.id in self.entries:
+                        self.mailboxes.again(entry.id, 0.0, first=True)
+                    else:
+                        self.mailboxes.done(entry.id)
             case Ending.HELD:
                 # The agent is held before the message waits again, or it would begin at once.
                 self.mailboxes.hold(agent)
-                self.mailboxes.again(entry.id, 0.0)
+                self.mailboxes.again(entry.id, 0.0, first=True)
                 entry.store_failed = True
                 self._answer(entry, reply)
             case Ending.LOST if isinstance(reply.error, AlreadyHandled):

@@ -211,7 +211,12 @@ class TurnRunner:
         whole = not isinstance(error, Cancelled | DeadlineExceeded)
         stopped = dispatcher.finish(whole=whole)
         if stopped is not None:
-            return await self._hold(entry, active, stopped, own, turn_log)
+            try:
+                return await self._hold(entry, active, stopped, own, turn_log)
+            except asyncio.CancelledError:
+                entry.stored = entry.stored or turn_log.opened
+                entry.store_failed = entry.unsure = True
+                raise
         wire: Wire | None = None
         if error is None:
             try:
@@ -330,8 +335,7 @@ class TurnRunner:
                 )
             part += [PutMail(m, MAX_MAILBOX) for m in mail]
             part += others
-            if entry.stored:
-                part.append(EndMail(*entry.envelope.key))
+            part.append(EndMail(*entry.envelope.key))
             try:
                 await self._see_through(self._committer.put(part).done)
             except MailboxFull as full:
@@ -471,8 +475,7 @@ class TurnRunner:
                 log.error("message %s to %s is a dead letter: %s", envelope.id, own.agent, reason)
             case Answer():
                 part += writes_of([row._replace(idem_key=envelope.id)])
-                if entry.stored:
-                    part.append(EndMail(*envelope.key))
+                part.append(EndMail(*envelope.key))
         story_of_agent = None
         # Not what an agent that it asked has failed with.
         own_failure = isinstance(error, HandlerFailed) and error.agent == own.agent
@@ -701,7 +704,9 @@ def kept(ticket: Ticket | None) -> bool:
 
 def _mail_itself(entry: Entry) -> list[Write]:
     """The message, where it is not known to be in the store: the end of a turn ends it, too."""
-    if entry.unsure or not kept(entry.ticket):
+    if not entry.stored or entry.unsure or not kept(entry.ticket):
+        # Also where it comes and goes in one commit: so a message that was handled before, here
+        # or by another host, is found out, and its turn refused.
         return [PutMail(entry.mail)]
     return []
 

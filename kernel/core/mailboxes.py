@@ -18,6 +18,9 @@ from collections import deque
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple, TypeAlias
 
+FIRST = 1 << 20
+"""A priority above those of all messages."""
+
 
 class Turn(NamedTuple):
     """A message that waits for its turn, or has it."""
@@ -193,7 +196,7 @@ class Mailboxes:
         del self._entries[turn_id]
         self._stop(turn)
 
-    def again(self, turn_id: str, not_before: float) -> None:
+    def again(self, turn_id: str, not_before: float, *, first: bool = False) -> None:
         """A running turn failed; its message goes back to the front of its stream.
 
         Where read-only turns of one stream ran beside each other and several go back, they
@@ -202,12 +205,15 @@ class Mailboxes:
         Args:
             turn_id: the turn.
             not_before: seconds, wall clock; 0: at once.
+            first: before all other messages of its agent, whatever their priority.
 
         Raises:
             KeyError: it does not run.
         """
         turn = self.running.pop(turn_id)
         priority, number, _ = self._entries[turn_id]
+        if first:
+            priority = -FIRST
         entry = (priority, number, turn._replace(not_before=not_before))
         self._entries[turn_id] = entry
         mailbox = self._mailboxes[turn.agent]

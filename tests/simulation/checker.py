@@ -77,15 +77,15 @@ def check(
 
     books: dict[str, dict[str, Any]] = {}
     for agent in PROGRAMS:
-        row = store.agent(agent)
-        state = json.loads(row.state) if row is not None and row.state else {}
+        kept = store.agent(agent)
+        state = json.loads(kept.state) if kept is not None and kept.state else {}
         books[agent] = {"balance": START, "seen": [], "out": {}, "charged": [], **state}
         if (
-            row is not None
-            and row.hold
-            and not (row.hold == "unknown effect" and (uncertain or agent == TILL))
+            kept is not None
+            and kept.hold
+            and not (kept.hold == "unknown effect" and (uncertain or agent == TILL))
         ):
-            wrong("held", f"{agent}: {row.story}")
+            wrong("held", f"{agent}: {kept.story}")
         for finding in verify_agent(store, agent):
             wrong("chain", finding)
     held = {row.agent for row in store.agents(held=True)}
@@ -186,9 +186,9 @@ def check(
         for row in rows:
             if row.phase == "intent" and row.seq not in outcomes:
                 wrong("intent", f"turn {turn} has ended, call {row.seq} has no outcome")
-        keys = [(r.seq, r.phase) for r in rows if r.phase in ("result", "failed") and r.seq]
-        if len({seq for seq, _ in keys}) != len(keys):
-            wrong("intent", f"turn {turn} has two outcomes of one call: {keys}")
+        twice = Counter(r.seq for r in rows if r.phase in ("result", "failed") and r.seq)
+        if any(times > 1 for times in twice.values()):
+            wrong("intent", f"turn {turn} has two outcomes of one call: {twice}")
 
     # Replies and money.
     for about, (agent, place, _) in history.replies.items():

@@ -47,7 +47,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """What a selector would do: here nothing ever comes from outside."""
         self._rounds += 1
         if self._rounds > MAX_ROUNDS:
-            raise Endless([str(handle) for handle in list(self._ready)[:20]])
+            raise Endless([str(handle) for handle in list(vars(self)["_ready"])[:20]])
         if timeout is None:
             raise Stuck
         if timeout > 0:
@@ -60,7 +60,9 @@ class VirtualLoop(asyncio.BaseEventLoop):
     def _write_to_self(self) -> None:
         """Nobody has to be woken."""
 
-    def call_soon_threadsafe(self, *args: Any, **kwargs: Any) -> Any:
+    def call_soon_threadsafe(  # type: ignore[override]
+        self, callback: Any, *args: Any, context: Any = None
+    ) -> Any:
         """There are no threads here: whoever starts one breaks determinism."""
         raise AssertionError("a thread has come into a simulation")
 

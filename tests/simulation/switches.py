@@ -15,8 +15,12 @@ from llmos.drivers.stores.rows import EndMail, MailRow, PutMail
 from llmos.kernel.inbox import Inbox
 from llmos.kernel.services import RemoteServices
 from llmos.kernel.turnlog import TurnLog
+from llmos.kernel.turns import TurnRunner
 from llmos.syscalls.deferred import Deferred, Post
 from llmos.syscalls.messages import Envelope
+
+GAP_S = 0.01
+"""Between messages that leave first and the commit of their turn."""
 
 
 class _Forgetful(Changes):
@@ -68,7 +72,7 @@ def no_barrier() -> Iterator[None]:
 @contextmanager
 def messages_first() -> Iterator[None]:
     """Messages leave when they are sent, and not with the commit of their turn."""
-    defer, numbers = RemoteServices.defer, itertools.count(1)
+    defer, end, numbers = RemoteServices.defer, TurnRunner._succeed, itertools.count(1)
 
     def leave(self: RemoteServices, action: Deferred) -> None:
         if not isinstance(action, Post):
@@ -80,5 +84,12 @@ def messages_first() -> Iterator[None]:
         task = asyncio.ensure_future(self._service("journal", "commit", [[PutMail(row)]]))
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    with mock.patch.object(RemoteServices, "defer", leave):
+    async def succeed(self: TurnRunner, *args: Any) -> Any:
+        await asyncio.sleep(GAP_S)
+        return await end(self, *args)
+
+    with (
+        mock.patch.object(RemoteServices, "defer", leave),
+        mock.patch.object(TurnRunner, "_succeed", succeed),
+    ):
         yield

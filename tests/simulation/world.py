@@ -491,7 +491,8 @@ class World:
             self._busy += 1
             await asyncio.sleep(self.chance.random() * 0.1)
             self._new_journal()
-            await Handle(self.processes["journal"]).ready.remote()
+            with contextlib.suppress(RayActorError):  # Killed again: the next round sees it.
+                await Handle(self.processes["journal"]).ready.remote()
             await self.publish()
             self._busy -= 1
 
@@ -559,8 +560,11 @@ class World:
                     await call(handle.release.remote(shards, 0.2), source, 6.0)
                 for shard in shards:
                     self.shards[shard] = to
+                # Nobody serves them until the store holds the epoch of their new host.
+                self.moving.update(shards)
                 if self.served[to]:
                     await self._take(shards, self.processes[to].epoch)
+                self.moving.clear()
         await self.publish()
         self._busy -= 1
 
@@ -576,7 +580,10 @@ class World:
             self.version,
             journal=Handle(journal) if journal.alive else None,
             hosts={name: Handle(process) for name, process in up.items()},
-            shards=tuple((n, up[n].epoch) if n in up else ("", 0) for n in self.shards),
+            shards=tuple(
+                (name, up[name].epoch) if name in up and shard not in self.moving else ("", 0)
+                for shard, name in enumerate(self.shards)
+            ),
         )
         for name in HOSTS:
             process = self.processes[name]
@@ -593,7 +600,8 @@ class World:
             name = self.shards[shard_of(agent)]
             process = self.processes[name]
             route = (name, process.epoch)
-            if self.served[name] and not process.lost.is_set() and route != not_at:
+            served = self.served[name] and shard_of(agent) not in self.moving
+            if served and not process.lost.is_set() and route != not_at:
                 return Location(name, process.epoch, Handle(process))
             await asyncio.sleep(0.01)
         raise DeadlineExceeded(f"finding a host for {agent}", timeout_s)
