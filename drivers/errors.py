@@ -20,6 +20,11 @@ The tree::
         ├── EngineError
         │   ├── PromptTooLong
         │   ├── InvalidParams
+        │   ├── InvalidGrammar      a schema or expression that cannot bind an answer
+        │   ├── UnknownAdapter      not resident; nothing was answered without it
+        │   ├── AdapterUnusable     it does not fit its model
+        │   ├── AdaptersFull        as many as the model may have
+        │   ├── NoHead              an encoder without a classification head
         │   ├── EngineBusy          queue full, come back later
         │   └── EngineFailed        the engine broke while the request was in it
         ├── VectorError
@@ -263,6 +268,57 @@ class EngineFailed(EngineError):
     def __init__(self, model: str, reason: str) -> None:
         self.model, self.reason = model, reason
         super().__init__(f"The engine of model {model!r} failed: {reason}")
+
+
+class InvalidGrammar(EngineError):
+    """A JSON schema, expression or grammar that cannot be followed token by token."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        self.kind, self.reason = kind, reason
+        super().__init__(
+            f"The {kind} cannot bind an answer: {reason}",
+            remedy="Simplify it, or leave it out and check the answer yourself",
+        )
+
+
+class UnknownAdapter(EngineError):
+    """A job names an adapter that is not resident; it is never answered without it."""
+
+    def __init__(self, model: str, adapter: str, known: Iterable[str]) -> None:
+        self.model, self.adapter, self.known = model, adapter, tuple(sorted(known))
+        super().__init__(
+            f"Model {model!r} has no adapter {adapter!r}", remedy=known_names(self.known)
+        )
+
+
+class AdapterUnusable(EngineError):
+    """An adapter that does not fit its model, or uses what is not supported."""
+
+    def __init__(self, model: str, adapter: str, reason: str) -> None:
+        self.model, self.adapter, self.reason = model, adapter, reason
+        super().__init__(f"Adapter {adapter!r} cannot be used on {model!r}: {reason}")
+
+
+class AdaptersFull(EngineError):
+    """All places for adapters are taken."""
+
+    def __init__(self, model: str, limit: int) -> None:
+        self.model, self.limit = model, limit
+        super().__init__(
+            f"Model {model!r} has {limit} adapters, and room for no more",
+            remedy="Unload one, or raise max_adapters of the model in system.toml",
+        )
+
+
+class NoHead(EngineError):
+    """An encoder that only embeds was asked to classify."""
+
+    def __init__(self, model: str) -> None:
+        self.model = model
+        super().__init__(
+            f"Model {model!r} has no classification head",
+            remedy="Name a model that was trained to classify, or embed and compare",
+        )
 
 
 class VectorError(DriverError):

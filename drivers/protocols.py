@@ -117,6 +117,53 @@ class EngineOptions:
     """Texts in one forward pass (encoder)."""
     max_waiting: int = 1024
     """Requests the engine holds, waiting or running, before it answers EngineBusy."""
+    weights: Literal["plain", "int8", "int4"] = "plain"
+    """How the weights of linear layers are kept. ``plain``: in ``dtype``."""
+    chunked_prefill: bool = True
+    """Whether prompts are read in pieces beside decoding ones (causal). Without it a prompt is
+    read whole, alone, as most simple servers do; for benchmarks."""
+    share_prefixes: bool = True
+    """Whether jobs of one tenant find each other's KV blocks of equal beginnings (causal)."""
+    draft_tokens: int = 0
+    """Tokens guessed from the prompt and checked together in one step (causal); 0: none."""
+    max_adapters: int = 0
+    """Adapters that may be resident beside each other (causal); 0: none."""
+    max_adapter_rank: int = 16
+    """Largest rank of an adapter; its memory is reserved by this."""
+    remote: RemoteOptions | None = None
+    """For the remote engine: the server."""
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteOptions:
+    """A server of the OpenAI-compatible HTTP API, and how much it may be asked for."""
+
+    url: str
+    """Up to and with ``/v1``."""
+    model: str
+    """What the server calls the model."""
+    api_key: str = field(default="", repr=False)
+    max_concurrent: int = 32
+    """Requests at a time; more wait here."""
+    tokens_per_minute: int = 0
+    """Prompt and answer together; 0: no limit."""
+    context_tokens: int = 8192
+    """Longest prompt plus answer; servers do not tell."""
+    connect_timeout_s: float = 5.0
+    first_token_timeout_s: float = 120.0
+    stall_timeout_s: float = 30.0
+    """Longest silence within a stream."""
+    retries: int = 4
+    """Attempts after the first; only before the first token has been delivered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must look like. The engine allows no token that leads elsewhere."""
+
+    kind: Literal["json_schema", "regex", "choices", "lark"]
+    source: str
+    """The schema as JSON, the expression, the choices as a JSON list, or the grammar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,14 +180,53 @@ class SamplingParams:
     """The text ends before the first of these; they may span tokens."""
     ignore_eos: bool = False
     """Generate exactly ``max_new_tokens``; for benchmarks."""
+    seed: int | None = None
+    """Source of this job's chance; what else is in the batch does not change it."""
+    logprobs: int | None = None
+    """None: no log-probabilities. 0: those of the tokens written; n: and of the n likeliest."""
+    grammar: Grammar | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A model asks for a tool, or has asked for it."""
+
+    name: str
+    arguments: str
+    """A JSON object."""
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolSpec:
+    """A tool that a model may ask for, as its chat template is told of it."""
+
+    name: str
+    description: str
+    parameters: str
+    """JSON schema of the arguments, an object."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatTurn:
     """One turn of the conversation handed to a chat template."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Of the assistant."""
+    tool_call_id: str = ""
+    """Of a tool: which call it answers."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A written token and what else was likely in its place. Natural logarithms, of the
+    model's own distribution: before temperature, top-k, top-p and grammar."""
+
+    token: str
+    logprob: float
+    likeliest: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +240,16 @@ class GenerationJob:
     Special tokens inside the text are never interpreted."""
     params: SamplingParams = SamplingParams()
     tenant: str = ""
+    agent: str = ""
+    """Who asks; the queue's policy and the memory of prefixes go by it."""
+    adapter: str = ""
+    """An adapter that is resident in the engine; empty: the model as it is."""
+    tools: tuple[ToolSpec, ...] = ()
+    """Told to the chat template; with a string as prompt there must be none."""
+    priority: int = 0
+    """Higher goes first, where the policy knows priorities."""
+    deadline_s: float | None = None
+    """``time.monotonic`` of the engine's machine; for policies that go by deadlines."""
     prefix: str = ""
     """What the answer is made to begin with; only what follows it is delivered. It is text
     like any other, so nothing in it is a special token. Its tokens count against the
@@ -190,6 +286,10 @@ class GenerationChunk:
     """On the last chunk: seconds from submit to the first step with this job in it."""
     run_s: float = 0.0
     """On the last chunk: seconds from then to the end."""
+    cached_tokens: int = 0
+    """On the last chunk: tokens of the prompt that were found in the cache."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens of this chunk's text, where asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +308,80 @@ class EngineStatistics:
     kv_tokens: int = 0
     """Capacity."""
     kv_tokens_used: int = 0
+    """Held by jobs; what is only remembered is not counted, since it gives way."""
+    kv_tokens_cached: int = 0
+    """Remembered for the next turn of somebody, and free for whoever needs the room."""
+    cached_prompt_tokens: int = 0
+    """Prompt tokens that were found in the cache since the engine was loaded."""
+    preempted: int = 0
+    """Times that a job was put back into the queue for another."""
+    steps: int = 0
+    adapters: tuple[str, ...] = ()
+    """Those resident now."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedRequest:
+    """What a queue's policy knows of a job that waits."""
+
+    key: str
+    tenant: str
+    agent: str
+    prompt_tokens: int
+    """To be read; those found in the cache are not counted."""
+    max_new_tokens: int
+    priority: int
+    deadline_s: float | None
+    submitted_s: float
+    """``time.monotonic`` of the engine's machine, as all times here."""
+    new_tokens: int = 0
+    """Already generated: it ran before and was put back."""
+
+
+class QueuePolicy(Protocol):
+    """Who enters the batch next. Called by one thread at a time; decides, and does nothing.
+
+    The policies are in ``llmos.kernel.core``; drivers do not know which one they are given.
+    """
+
+    def add(self, request: QueuedRequest, now_s: float) -> None:
+        """A job waits from now on."""
+        ...
+
+    def remove(self, key: str, now_s: float) -> None:
+        """A job waits no longer, having been let in or gone."""
+        ...
+
+    def first(self, now_s: float) -> str | None:
+        """The key of who enters next; None: nobody waits. The same until something changes."""
+        ...
+
+    def served(self, tenant: str, agent: str, read: int, written: int, now_s: float) -> None:
+        """A step has read and written tokens for somebody."""
+        ...
+
+    def victim(self, running: Sequence[QueuedRequest], now_s: float) -> str | None:
+        """Who of the running gives way to :meth:`first`; None: nobody, it waits."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """How long a step takes: ``base_s + batch_s·b + context_s·c + prompt_s·p`` for b decoding
+    sequences with c tokens of context together, and p prompt tokens."""
+
+    base_s: float
+    batch_s: float
+    context_s: float
+    prompt_s: float
+    error: float
+    """Mean relative error over the steps it was fitted to."""
+
+    def predict_s(self, batch: int, context: int, prompt: int) -> float:
+        """Seconds of one step."""
+        return (
+            self.base_s + self.batch_s * batch + self.context_s * context + self.prompt_s * prompt
+        )
 
 
 class CausalEngine(Protocol):
@@ -222,7 +396,8 @@ class CausalEngine(Protocol):
         """Queue a job. ``deliver`` is called from the engine's thread and must not block.
 
         Raises:
-            InvalidParams, PromptTooLong, EngineBusy: at once; ``deliver`` is then never called.
+            InvalidParams, InvalidGrammar, UnknownAdapter, PromptTooLong, EngineBusy: at once;
+                ``deliver`` is then never called.
             EngineFailed: the engine is closed or broken.
         """
         ...
@@ -233,6 +408,42 @@ class CausalEngine(Protocol):
 
     def count_tokens(self, prompt: str | tuple[ChatTurn, ...]) -> int:
         """Tokens the prompt would take, chat template included."""
+        ...
+
+    def use_policy(self, policy: QueuePolicy) -> None:
+        """Let ``policy`` decide from now on; those that wait are handed over to it. Without
+        one, jobs enter in order of arrival."""
+        ...
+
+    def pause(self, job_id: str) -> bool:
+        """Write no more for a job whose reader does not keep up; it keeps its memory, unless
+        somebody else needs it. False: not here."""
+        ...
+
+    def resume(self, job_id: str) -> bool:
+        """Go on with a paused job. False: not here."""
+        ...
+
+    def load_adapter(self, name: str, path: Path) -> int:
+        """Make a LoRA adapter (a folder as peft saves it) resident without stopping; returns
+        its bytes. A second load of the same name replaces it for jobs submitted afterwards.
+
+        Raises:
+            AdapterUnusable: it does not fit this model, or asks for what is not supported.
+            AdaptersFull: ``max_adapters`` are resident.
+        """
+        ...
+
+    def unload_adapter(self, name: str) -> None:
+        """Drop an adapter once the jobs that use it have ended; new ones are refused at once.
+
+        Raises:
+            UnknownAdapter: it is not resident.
+        """
+        ...
+
+    def step_time(self) -> StepTime | None:
+        """How long steps take, as measured so far; None: nothing was measured yet."""
         ...
 
     def statistics(self) -> EngineStatistics:
@@ -261,6 +472,20 @@ class EncoderEngine(Protocol):
         """Embed texts; rows have length 1 and keep the order. Shape (len(texts), dimension).
 
         Raises:
+            EngineFailed: the engine is closed or broken.
+        """
+        ...
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Classes of the model's own classification head; empty: it has none."""
+        ...
+
+    def classify(self, texts: Sequence[str]) -> Vectors:
+        """Probabilities of each label; rows keep the order. Shape (len(texts), len(labels)).
+
+        Raises:
+            NoHead: the model has no classification head.
             EngineFailed: the engine is closed or broken.
         """
         ...
