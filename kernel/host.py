@@ -64,7 +64,7 @@ class HostServer:
         self._programs = ProgramLoader(system.base)
         self._clock = clock or SystemClock()
         self._directory = DirectoryHolder()
-        self._committer = Committer(self._directory)
+        self._committer = Committer(self._directory, name)
         self._router = _LocalFirst(self)
         self._services = RemoteServices(
             f"{name}@{epoch}", self._directory, self._clock, self._router, system.tools

@@ -535,6 +535,8 @@ class Inbox:
         if active.hold == "quarantined":
             raise Quarantined(agent, active.story)
         spec, message = self._handler(active, envelope)
+        if not envelope.sent_at:
+            envelope = envelope._replace(sent_at=self._clock.time())
         row_ = MailRow(
             agent, envelope.stream, envelope.seq, envelope.pack(), priority=envelope.priority
         )
@@ -578,8 +580,8 @@ class Inbox:
         found = _id(*envelope.key)
         entry = self.entries.get(found)
         if entry is not None:
-            if entry.reply.done():
-                entry.reply = _future()
+            if entry.reply is not None and entry.reply.done():
+                entry.reply = None
             if entry.ticket is not None and entry.ticket.done.done() and not kept(entry.ticket):
                 # The store could not keep it when it came, and is asked again.
                 active = self._activations.here(envelope.receiver)
@@ -604,15 +606,18 @@ class Inbox:
             return Reply("", agent, error=error.with_traceback(None))
         if isinstance(taken, Reply):
             return taken
+        if taken.reply is None:
+            taken.reply = asyncio.get_running_loop().create_future()
+        answered = taken.reply
         try:
             left = max(until - self._clock.monotonic(), 0.0)
-            await asyncio.wait([taken.reply], timeout=left)
+            await asyncio.wait([answered], timeout=left)
             interrupted = taken.task is None and taken.mail.turn
-            if not taken.reply.done() and (interrupted or self._withdraw(taken)):
+            if not answered.done() and (interrupted or self._withdraw(taken)):
                 late = DeadlineExceeded(f"waiting for a turn of {agent}", envelope.deadline_s)
                 return Reply("", agent, error=late)
             # Its turn has begun: it has the deadline itself, and its commit is seen through.
-            return await asyncio.shield(taken.reply)
+            return await asyncio.shield(answered)
         except asyncio.CancelledError as cancelled:
             if put_down(cancelled):
                 raise
@@ -654,9 +659,7 @@ class Inbox:
     def _entry(
         self, envelope: Envelope, row: MailRow, spec: HandlerSpec, message: Message
     ) -> Entry:
-        return Entry(
-            _id(*envelope.key), envelope, row, spec, message, _future(), self._clock.monotonic()
-        )
+        return Entry(_id(*envelope.key), envelope, row, spec, message, self._clock.monotonic())
 
     def _offer(self, entry: Entry, *, force: bool) -> bool:
         mail = entry.mail
@@ -681,10 +684,13 @@ class Inbox:
         if self.closing:
             return
         now = self._clock.time()
+        loop = asyncio.get_running_loop()
         for turn in self.mailboxes.take(now):
             entry = self.entries[turn.id]
             self._begin(entry)
-            entry.task = self._spawn(self._run(entry), "turn")
+            entry.task = task = loop.create_task(self._run(entry))
+            self._tasks.add(task)
+            task.add_done_callback(self._ended_turn)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -692,7 +698,7 @@ class Inbox:
         if wake is not None:
             # At least once a second: the wall clock may be set.
             delay = min(max(wake - now, 0.0), 1.0)
-            self._timer = asyncio.get_running_loop().call_later(delay, self._pump)
+            self._timer = loop.call_later(delay, self._pump)
 
     def _begin(self, entry: Entry) -> None:
         """An attempt begins: its turn gets a number, which it keeps if it is cut off."""
@@ -705,7 +711,9 @@ class Inbox:
             self._turns += 1
             number = self._turns & 0xFFFF
             turn = f"{int(self._clock.time() * 1000):011x}{number:04x}{self._nonce}"
-            mail = mail._replace(turn=turn, epoch=self._epoch, attempts=mail.attempts + 1)
+            # What _replace does, in a third of its time.
+            rest = (mail.attempts + 1, mail.deaths, turn, self._epoch, mail.arrival)
+            mail = tuple.__new__(MailRow, (*mail[:6], *rest))
         entry.mail = mail
         if entry.ticket is not None and not entry.ticket.sent:
             entry.ticket.part[-1] = PutMail(mail)
@@ -742,7 +750,7 @@ class Inbox:
             if mail.attempts > 1 and _calls_outside(active):
                 entry.carried = await self._earlier_effects(entry)
             active.used_at = self._clock.monotonic()
-            TURN_WAIT.labels(program=active.prepared.name).observe(active.used_at - entry.arrived)
+            TURN_WAIT.labels(active.prepared.name).observe(active.used_at - entry.arrived)
             outcome = await self._runner.run(entry, active)
         except asyncio.CancelledError as cancelled:
             by = str(cancelled.args[0]) if cancelled.args else "?"
@@ -857,7 +865,7 @@ class Inbox:
                 self._held(active, active.story)
 
     def _answer(self, entry: Entry, reply: Reply) -> None:
-        if not entry.reply.done():
+        if entry.reply is not None and not entry.reply.done():
             entry.reply.set_result(reply)
 
     def _end(self, entry: Entry, reply: Reply, *, elsewhere: bool = False) -> None:
@@ -945,6 +953,11 @@ class Inbox:
         for task in list(self._tasks):
             task.cancel()
 
+    def _ended_turn(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.error("a turn failed", exc_info=task.exception())
+
     def _spawn(self, work: Coroutine[Any, Any, None], what: str) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
         self._tasks.add(task)
@@ -970,10 +983,6 @@ class _Door:
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
         self.users = 0
-
-
-def _future() -> asyncio.Future[Reply]:
-    return asyncio.get_running_loop().create_future()
 
 
 def _id(receiver: str, stream: str, seq: int) -> str:

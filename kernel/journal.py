@@ -7,19 +7,20 @@ fsync for all of them.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
-import pickle
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 from llmos.drivers.errors import LlmosError, StoreUnavailable
 from llmos.drivers.protocols import Store
 from llmos.drivers.registry import driver
+from llmos.drivers.stores import wire
 from llmos.drivers.stores.rows import AgentRow, JournalRow, LaunchRow, Part
 from llmos.kernel import logs, record
 from llmos.kernel.metrics import COMMIT_ROWS, COMMITS, Exported, export
@@ -30,6 +31,8 @@ log = logging.getLogger("llmos.journal")
 
 T = TypeVar("T")
 
+GC_THRESHOLD = 20_000
+"""Objects made since the last collection of the youngest."""
 MAX_WAITING = 100_000
 """Writes that may wait for a commit; more are answered Busy."""
 MAX_GROUP = 4_000
@@ -75,6 +78,8 @@ class JournalServer:
             deque()
         )
         self._count = 0
+        self._taken: dict[str, int] = {}
+        """By host: the number of its call that was taken last."""
         self._wake = asyncio.Event()
         self._ended = asyncio.Event()
         # One thread writes; reads have their own, and so never wait for a sync.
@@ -97,6 +102,10 @@ class JournalServer:
     async def ready(self) -> bool:
         """Start writing."""
         if self._writer is None:
+            # As in hosts: what was imported stays, and the collector need not look at it.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(GC_THRESHOLD, 20, 20)
             self._writer = asyncio.create_task(self._write())
         return True
 
@@ -109,20 +118,33 @@ class JournalServer:
         return True
 
     @answers
-    async def commit(self, parts: Sequence[Part] | bytes) -> list[LlmosError | None]:
+    async def commit(
+        self,
+        parts: Sequence[Part] | bytes,
+        sender: str = "",
+        number: int = 0,
+        first: bool = True,
+    ) -> list[LlmosError | None]:
         """Return when all parts are durable or refused; one result for each.
 
         Args:
-            parts: Parts, or a pickle of them, as a host's committer sends them.
+            parts: Parts, or what a host's committer has packed them into.
+            sender: Whose parts they are.
+            number: Of the call, among those of the sender.
+            first: Whether all that the sender sent before is settled. What is not must not
+                overtake a call that was refused, or that never arrived.
 
         Raises:
-            Busy: too many writes are waiting; nothing was taken.
+            Busy: too many writes are waiting, or the call before this one was not taken;
+                nothing was taken.
         """
         if isinstance(parts, bytes):
-            parts = cast(Sequence[Part], pickle.loads(parts))
+            parts = wire.unpack(parts)
         size = sum(len(part) for part in parts)
-        if self._count and self._count + size > MAX_WAITING:
+        full = self._count and self._count + size > MAX_WAITING
+        if full or (not first and self._taken.get(sender) != number - 1):
             raise Busy("The journal", self._count, 0.5)
+        self._taken[sender] = number
         future: asyncio.Future[list[LlmosError | None]] = asyncio.get_running_loop().create_future()
         self._waiting.append((parts, future))
         self._count += size

@@ -6,8 +6,6 @@ import contextvars
 import json
 import logging
 import logging.handlers
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 AGENT: contextvars.ContextVar[str] = contextvars.ContextVar("agent", default="")
@@ -67,12 +65,18 @@ def configure(folder: Path, process: str, level: str) -> None:
     logger.propagate = False
 
 
-@contextmanager
-def turn_context(agent: str, turn: str) -> Iterator[None]:
+class turn_context:
     """Logs inside carry this agent and turn."""
-    a, t = AGENT.set(agent), TURN.set(turn)
-    try:
-        yield
-    finally:
-        AGENT.reset(a)
-        TURN.reset(t)
+
+    __slots__ = ("_agent", "_before", "_turn")
+
+    def __init__(self, agent: str, turn: str) -> None:
+        self._agent, self._turn = agent, turn
+
+    def __enter__(self) -> None:
+        self._before = AGENT.set(self._agent), TURN.set(self._turn)
+
+    def __exit__(self, *exc: object) -> None:
+        agent, turn = self._before
+        AGENT.reset(agent)
+        TURN.reset(turn)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from functools import lru_cache
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ByteSize, ConfigDict, Field
@@ -20,6 +21,7 @@ SYSCALLS = frozenset(
     {
         "ask",
         "call",
+        "classify",
         "clock",
         "embed",
         "generate",
@@ -76,7 +78,7 @@ class Manifest(BaseModel):
 
     description: str = ""
     models: tuple[Annotated[ModelNeed, BeforeValidator(_need)], ...] = ()
-    """Models it generates or embeds with: a name, or a ModelNeed."""
+    """Models it generates, embeds or classifies with: a name, or a ModelNeed."""
     stores: tuple[str, ...] = ()
     """Corpora, graphs, rule bases and tools that must exist: ``corpus:help``,
     ``graph:diseases``, ``rules:support``, ``tool:booking``."""
@@ -126,10 +128,14 @@ class Manifest(BaseModel):
     def allows(self, syscall: str, resource: str) -> bool:
         """Whether a capability names this syscall on this resource."""
         wanted = f"{syscall}:{resource}" if resource else syscall
-        return any(
-            capability == wanted or fnmatch.fnmatchcase(wanted, capability)
-            for capability in self.capabilities
-        )
+        return _allows(self.capabilities, wanted)
+
+
+@lru_cache(maxsize=4096)
+def _allows(capabilities: tuple[str, ...], wanted: str) -> bool:
+    """Remembered: it is asked before every syscall, and matching patterns takes as long as the
+    quickest of them."""
+    return any(c == wanted or fnmatch.fnmatchcase(wanted, c) for c in capabilities)
 
 
 def _named(entry: str) -> bool:

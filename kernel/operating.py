@@ -45,6 +45,8 @@ QUARANTINED = "quarantined"
 
 PAGE = 1_000
 """Rows read at a time."""
+MAX_ENDS = 5_000
+"""Ends of turns among which effects of cancelled questions are looked for."""
 MAX_LISTED = 10_000
 """Of anything are listed."""
 CHUNK = 200
@@ -92,6 +94,9 @@ class UnknownEffect(NamedTuple):
     """JSON of why it is not known."""
     ts: float
     """When the call began, seconds since 1970."""
+    ended: bool = False
+    """Whether its turn has ended: it was cancelled in the middle of the call, and nothing waits
+    for what a person says of it."""
 
 
 class DeadStory(NamedTuple):
@@ -358,11 +363,26 @@ class Operator:
         return out
 
     async def unknown_effects(self) -> list[UnknownEffect]:
-        """Calls of tools that nobody knows the outcome of, of agents that are held for it."""
+        """Calls of tools that nobody knows the outcome of: of agents that are held for it, and
+        of questions that were cancelled in the middle of the call, among the last
+        ``MAX_ENDS`` turns."""
         out: list[UnknownEffect] = []
         for held in await self.held():
             if held.hold == UNKNOWN_EFFECT:
                 out += await self._effects_of(held)
+        of = {
+            row.turn: row.agent
+            for row in await self.turns(None, MAX_ENDS)
+            # Not attempts at a message that was told: the next one has looked into it.
+            if row.phase == "failed" and "!" not in row.idem_key.rpartition("#")[2]
+        }
+        turns = list(of)
+        for start in range(0, len(turns), CHUNK):
+            found: dict[str, list[JournalRow]] = await self._ledger.read(
+                "turns_rows", turns[start : start + CHUNK]
+            )
+            for turn, rows in found.items():
+                out += [e._replace(ended=True) for e in _unknown(of[turn], rows)]
         return out
 
     async def _effects_of(self, held: Held) -> list[UnknownEffect]:
@@ -388,9 +408,16 @@ class Operator:
 
         Raises:
             UnknownRecord: no such effect is unknown.
+            OperationRefused: ``retry``, of a turn that has ended.
             StaleEpoch: the agent changed its owner just now; try again.
         """
         found = await self._find_effect(effect)
+        if found.ended and how == "retry":
+            raise OperationRefused(
+                f"{effect} cannot be tried again",
+                "its turn has ended, and nobody waits for it",
+                remedy="Say whether it was done, and ask the agent again if it was not",
+            )
         turns = await self.turn(found.turn)
         rows = [row for row in turns if row.seq == found.seq]
         model = next(row for row in rows if row.kind != RETRY)
@@ -428,11 +455,14 @@ class Operator:
                 # The next attempt has its number as its part, so that its rows are new ones.
                 attempt = 1 + max(row.part for row in rows)
                 row = row._replace(phase="mark", kind=RETRY, part=attempt)
-        part: list[Write] = [Append(row), SetHold(found.agent, "")]
+        part: list[Write] = [Append(row)]
+        if not found.ended:
+            part.append(SetHold(found.agent, ""))
         if epoch is not None:
             part.insert(0, Own(found.agent, epoch))
         await self._ledger.commit([part])
-        await self._ledger.go_on(found.agent)
+        if not found.ended:
+            await self._ledger.go_on(found.agent)
         return found
 
     async def _find_effect(self, effect: str) -> UnknownEffect:

@@ -129,9 +129,8 @@ async def replay(
     )
     recorded = json.loads(end.result) if end is not None else {}
     cut_off = _cut_off(recorded.get("error"))
-    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
     mail = MailRow(agent, envelope.stream, envelope.seq, envelope.pack(), turn=turn)
-    entry = Entry(envelope.id, envelope, mail, spec, message, future, 0.0)
+    entry = Entry(envelope.id, envelope, mail, spec, message, 0.0)
     reply, error, state = await _Runner(debugger, cut_off).again(active, entry, dispatcher)
     whole = end is not None and not isinstance(error, Cancelled | DeadlineExceeded)
     stopped = dispatcher.finish(whole=whole)

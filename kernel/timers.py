@@ -60,10 +60,11 @@ class Timers:
                 now = self._clock.time()
                 mine = [t for t in soon if self._owns(t.agent)]
                 due = [t for t in mine if t.due <= now]
-                await self._fire(due, now)
+                fired = await self._fire(due, now)
                 later = [t.due for t in mine if t.due > now]
                 next_at = min([next_at, *later])
-                if len(soon) == PAGE and due:
+                if len(soon) == PAGE and fired:
+                    # Only if something went away: else the same page would come again at once.
                     continue
             except LlmosError as error:
                 log.warning("timers: %s", error)
@@ -73,7 +74,8 @@ class Timers:
                     await self._changed.wait()
             self._changed.clear()
 
-    async def _fire(self, due: list[TimerRow], now: float) -> None:
+    async def _fire(self, due: list[TimerRow], now: float) -> int:
+        """Turn them into messages; returns how many are no longer due."""
         tickets = []
         for timer in due:
             seq = int(timer.due * 1000)
@@ -94,15 +96,18 @@ class Timers:
                     part.append(PutTimer(timer._replace(due=again)))
             tickets.append((self._committer.put(part), mail))
         delivered = []
+        gone = 0
         for ticket, mail in tickets:
             try:
-                await ticket.done
+                await asyncio.shield(ticket.done)
             except AlreadyHandled:
                 # It was replaced or cancelled just now; or it has fired, and nobody heard of
                 # it, and then its message is found in the store.
                 log.debug("a timer of %s has changed", mail.receiver)
+                gone += 1
             except LlmosError as error:
                 log.warning("a timer of %s: %s", mail.receiver, error)
             else:
                 delivered.append(mail)
         self._deliver(delivered)
+        return gone + len(delivered)

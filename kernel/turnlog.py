@@ -10,10 +10,8 @@ from llmos.drivers.errors import LlmosError, StaleEpoch
 from llmos.drivers.stores.rows import Append, JournalRow, Own, PutBlob, Write
 from llmos.kernel import record
 from llmos.kernel.committer import Committer, Ticket
+from llmos.kernel.soon import Call
 from llmos.syscalls.errors import Busy
-
-FLUSH_S = 0.02
-"""How long a row may wait for others before it leaves: what a crash can make happen again."""
 
 
 class TurnLog:
@@ -26,7 +24,7 @@ class TurnLog:
             own: First of every part.
             committer: The way to the store.
             opening: What has to stand in the store before the first row does: the message,
-                and that its turn has begun. It leaves when the turn has lasted ``FLUSH_S``
+                and that its turn has begun. It leaves when the turn has lasted ``committer.FLUSH_S``
                 seconds, or with the first rows; a turn that is over before never needs it.
         """
         self._own = own
@@ -36,7 +34,7 @@ class TurnLog:
         self._committer = committer
         self._rows: list[JournalRow] = []
         self._tickets: list[tuple[Ticket, list[Write], list[JournalRow]]] = []
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: Call | None = None
         self._ended = False
         self.pieces: list[Callable[[], JournalRow | None]] = []
         """Streams under way: each gives what it has handed out since it was last asked."""
@@ -44,14 +42,14 @@ class TurnLog:
             self.soon()
 
     def add(self, row: JournalRow) -> None:
-        """A row; it leaves within ``FLUSH_S`` seconds, or with the commit of the turn."""
+        """A row; it leaves within ``committer.FLUSH_S`` seconds, or with the commit of the turn."""
         self._rows.append(row)
         self.soon()
 
     def soon(self) -> None:
-        """Flush within ``FLUSH_S`` seconds."""
+        """Flush within ``committer.FLUSH_S`` seconds."""
         if self._timer is None and not self._ended:
-            self._timer = asyncio.get_running_loop().call_later(FLUSH_S, self._flush)
+            self._timer = self._committer.soon.call(self._flush)
 
     def _gather(self) -> list[JournalRow]:
         if self._timer is not None:

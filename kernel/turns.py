@@ -7,10 +7,8 @@ import enum
 import logging
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
-from prometheus_client import Histogram
 from pydantic import BaseModel
 
 from llmos.drivers.errors import (
@@ -44,7 +42,7 @@ from llmos.drivers.stores.rows import (
 from llmos.kernel import logs, record
 from llmos.kernel.activation import Active
 from llmos.kernel.clock import Clock
-from llmos.kernel.committer import Committer, Ticket
+from llmos.kernel.committer import FLUSH_S, Committer, Kept, Ticket
 from llmos.kernel.context import Context
 from llmos.kernel.core.attempts import Answer, Bury, MailPolicy, Retry, after_failure
 from llmos.kernel.core.errors import Nondeterminism
@@ -54,6 +52,7 @@ from llmos.kernel.metrics import TURNS
 from llmos.kernel.program import HandlerSpec, pack_state
 from llmos.kernel.remote import MOVE, SHUTDOWN, put_down
 from llmos.kernel.services import RemoteServices
+from llmos.kernel.soon import Call, Soon
 from llmos.kernel.turnlog import TurnLog, writes_of
 from llmos.syscalls import deferred
 from llmos.syscalls.errors import (
@@ -93,9 +92,10 @@ class Entry:
     mail: MailRow
     spec: HandlerSpec
     message: Message
-    reply: asyncio.Future[Reply]
     arrived: float
     """On the monotonic clock."""
+    reply: asyncio.Future[Reply] | None = None
+    """What is waited for; None: nobody waits."""
     ticket: Ticket | None = None
     """Of the part that puts it into the store, for a message that nobody waits for."""
     stored: bool = True
@@ -140,8 +140,7 @@ class Ending(enum.Enum):
     """It stays as it is: the host closes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The end of an attempt."""
 
     ending: Ending
@@ -173,6 +172,8 @@ class TurnRunner:
         self._services = services
         self._policy = policy
         self._supervisor = supervisor
+        self._lasting = Soon(lambda: FLUSH_S)
+        """For turns that last so long that they need a timer for their deadline."""
 
     async def run(self, entry: Entry, active: Active) -> Outcome:
         """One attempt at a message. Never raises but for a bug."""
@@ -208,7 +209,7 @@ class TurnRunner:
         )
         base = active.changes
         reply, error, state = await self._handle(active, entry, dispatcher)
-        whole = not isinstance(error, Cancelled | DeadlineExceeded)
+        whole = error is None or not isinstance(error, Cancelled | DeadlineExceeded)
         stopped = dispatcher.finish(whole=whole)
         if stopped is not None:
             try:
@@ -232,7 +233,7 @@ class TurnRunner:
         if error is not None:
             outbox.clear()
 
-        def turn_row(wire: Wire | None, error: LlmosError | None) -> JournalRow:
+        def turn_row(wire: Wire | None, error: LlmosError | None, idem_key: str = "") -> JournalRow:
             args = entry.mail.envelope
             return JournalRow(
                 agent=agent,
@@ -246,6 +247,7 @@ class TurnRunner:
                 result=record.turn_result(wire, error, base, state if error is None else None),
                 labels=record.pack_labels(dispatcher.labels),
                 provenance=record.pack_provenance(tuple(dispatcher.provenance)),
+                idem_key=idem_key,
                 epoch=self._epoch,
                 code_version=prepared.code_version,
                 cause=envelope.cause,
@@ -268,20 +270,19 @@ class TurnRunner:
             rest = await turn_log.rest()
             entry.stored = entry.stored or turn_log.opened
             if error is None:
-                sent = await self._succeed(
-                    entry, active, own, rest, turn_row(wire, None), state, outbox
-                )
+                row = turn_row(wire, None, envelope.id)
+                sent = await self._succeed(entry, active, own, rest, row, state, outbox)
                 if isinstance(sent, Busy):
                     error, wire = sent, None
                     outbox.clear()
                 else:
                     if state is not None:
                         active.packed, active.changes = state, base + 1
-                    _turns(prepared.name, "ok").observe(elapsed)
+                    TURNS.labels(prepared.name, "ok").observe(elapsed)
                     timers = any(isinstance(a, deferred.Timer) for a in outbox)
                     return Outcome(Ending.DONE, the_reply(wire, None), mail=sent, timers=timers)
             assert error is not None
-            _turns(prepared.name, error.code).observe(elapsed)
+            TURNS.labels(prepared.name, error.code).observe(elapsed)
             return await self._fail(
                 entry, active, own, rest, turn_row(None, error), error, the_reply(None, error)
             )
@@ -294,17 +295,22 @@ class TurnRunner:
             log.warning("turn %s of %s is not committed: %s", turn, agent, refused)
             return Outcome(Ending.LOST, Reply(turn, agent, error=refused))
         except LlmosError as refused:
-            # Not durable, so nobody may see it: not the state, the messages or the reply.
-            log.error("turn %s of %s could not be committed: %s", turn, agent, refused)
-            entry.unsure = True
-            if not (entry.stored or turn_log.opened):
-                return Outcome(Ending.DONE, Reply(turn, agent, error=refused))
-            entry.stored = entry.store_failed = True
-            entry.story.append(f"turn {turn} could not be committed: {refused}")
-            again_at = self._clock.time() + STORE_RETRY_S
-            return Outcome(Ending.AGAIN, Reply(turn, agent, error=refused), not_before=again_at)
+            return self._not_kept(entry, turn_log, refused)
 
     # ---------------------------------------------------------------- endings
+
+    def _not_kept(self, entry: Entry, turn_log: TurnLog, refused: LlmosError) -> Outcome:
+        """The end of a turn is not durable, so nobody may see it: not the state, the messages
+        or the reply. The turn runs again later, if the store may know of it."""
+        agent, turn = entry.envelope.receiver, entry.mail.turn
+        log.error("turn %s of %s could not be committed: %s", turn, agent, refused)
+        entry.unsure = True
+        reply = Reply(turn, agent, error=refused)
+        if not (entry.stored or turn_log.opened):
+            return Outcome(Ending.DONE, reply)
+        entry.stored = entry.store_failed = True
+        entry.story.append(f"turn {turn} could not be committed: {refused}")
+        return Outcome(Ending.AGAIN, reply, not_before=self._clock.time() + STORE_RETRY_S)
 
     async def _succeed(
         self,
@@ -317,7 +323,6 @@ class TurnRunner:
         outbox: list[deferred.Deferred],
     ) -> tuple[MailRow, ...] | Busy:
         """Commit all of a turn; returns the messages it has sent, or Busy if one finds no room."""
-        row = row._replace(idem_key=entry.envelope.id)
         mail = self._number(entry, active, outbox)
         others = self._changes(entry.envelope.receiver, outbox)
         delay, until = FULL_RETRY_S, self._clock.monotonic() + STORE_PATIENCE_S
@@ -359,6 +364,7 @@ class TurnRunner:
         same numbers: under new ones they would be new messages.
         """
         rows: list[MailRow] = []
+        now = self._clock.time() if outbox else 0.0
         for action in outbox:
             if not isinstance(action, deferred.Post):
                 continue
@@ -377,6 +383,7 @@ class TurnRunner:
                 priority=action.priority,
                 labels=action.labels,
                 cause=action.cause,
+                sent_at=now,
             )
             rows.append(
                 MailRow(
@@ -508,7 +515,11 @@ class TurnRunner:
     async def _hold(
         self, entry: Entry, active: Active, why: LlmosError, own: Own, turn_log: TurnLog
     ) -> Outcome:
-        """The turn cannot go on until a person has looked: its message stays as it is."""
+        """The turn cannot go on until a person has looked: its message stays as it is.
+
+        If the store cannot keep that within ``STORE_PATIENCE_S`` seconds, the turn runs again
+        later, and finds the same.
+        """
         kind = "unknown effect" if isinstance(why, EffectUnknown) else "quarantined"
         story = f"turn {entry.mail.turn} of {own.agent}, message {entry.envelope.id}:\n{why}"
         error: LlmosError = why
@@ -520,6 +531,7 @@ class TurnRunner:
         mail = entry.mail
         begin = BeginMail(*entry.envelope.key, mail.attempts, mail.deaths, mail.turn, 0)
         rest: list[Write] | None = None
+        until = self._clock.monotonic() + STORE_PATIENCE_S
         while True:
             try:
                 if rest is None:
@@ -533,6 +545,8 @@ class TurnRunner:
             except (StoreUnavailable, DeadlineExceeded, Busy) as later:
                 # Until the store knows, nobody is asked.
                 log.error("that %s is held is not recorded yet: %s", own.agent, later)
+                if self._clock.monotonic() > until:
+                    return self._not_kept(entry, turn_log, later)
                 await self._clock.sleep(STORE_RETRY_S)
             except LlmosError as refused:
                 # It stays held in this host; the next one finds the same.
@@ -564,12 +578,12 @@ class TurnRunner:
         return Outcome(Ending.KEPT, Reply(mail.turn, own.agent, error=error))
 
     @staticmethod
-    async def _see_through(done: asyncio.Future[None]) -> None:
+    async def _see_through(done: Kept) -> None:
         """Wait for a commit to the end: a turn that is cancelled here may be in the store
         already, and then its state and its messages must follow."""
         while True:
             try:
-                await asyncio.shield(done)
+                await done
             except asyncio.CancelledError:
                 if done.cancelled():
                     raise
@@ -602,7 +616,7 @@ class TurnRunner:
                 by = str(cancelled.args[0]) if cancelled.args else "its asker"
                 return None, Cancelled(_what(agent), by), None
             except LlmosError as error:
-                if not dispatcher.stopped.done():
+                if dispatcher.stopped is None:
                     log.warning("turn failed: %s", error)
                 return None, error.with_traceback(None), None
             except (Exception, SystemExit) as error:
@@ -637,8 +651,18 @@ class TurnRunner:
                 over.set_result(None)
 
         task.add_done_callback(wake)
-        dispatcher.stopped.add_done_callback(wake)
-        timer = loop.call_later(deadline_s, wake)
+        dispatcher.on_stop = wake
+        timer: asyncio.TimerHandle | Call
+        if deadline_s < FLUSH_S:
+            timer = loop.call_later(deadline_s, wake)
+        else:
+
+            def lasts() -> None:
+                # It is one of the turns that take long enough to need a timer of their own.
+                nonlocal timer
+                timer = loop.call_later(max(dispatcher.remaining_s, 0.0), wake)
+
+            timer = self._lasting.call(lasts)
         try:
             await over
         except asyncio.CancelledError as cancelled:
@@ -651,9 +675,9 @@ class TurnRunner:
             raise
         finally:
             timer.cancel()
-        if dispatcher.stopped.done():
+        if dispatcher.stopped is not None:
             await self._stop(task, agent)
-            raise dispatcher.stopped.result()
+            raise dispatcher.stopped
         if not task.done():
             await self._stop(task, agent)
             raise DeadlineExceeded(f"the turn of {agent}", deadline_s)
@@ -668,12 +692,6 @@ class TurnRunner:
         await asyncio.wait({task}, timeout=STOP_S)
         if not task.done():
             log.error("the handler of %s ignores its cancellation and is left behind", agent)
-
-
-@cache
-def _turns(program: str, status: str) -> Histogram:
-    series: Histogram = TURNS.labels(program=program, status=status)
-    return series
 
 
 def _what(agent: str) -> str:

@@ -26,6 +26,17 @@ def when(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at)) if at else ""
 
 
+def age(seconds: float) -> str:
+    """A span of time for people, in its largest units: ``3d 4h``, ``2m 5s``."""
+    left = max(round(seconds), 0)
+    parts = []
+    for unit, size in (("d", 86_400), ("h", 3_600), ("m", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        if count:
+            parts.append(f"{count}{unit}")
+    return " ".join(parts[:2]) or "0s"
+
+
 def table(*columns: str) -> Table:
     """A table without lines. What is to be copied out of it stands in one piece."""
     made = Table(box=None, pad_edge=False)
@@ -52,6 +63,7 @@ def mail_json(mail: MailRow, *, body: bool = True) -> dict[str, Any]:
         "not_before": mail.not_before or None,
         "turn": mail.turn,
         "arrival": mail.arrival,
+        "sent_at": None,
     }
     try:
         envelope = Envelope.unpack(mail.receiver, mail.stream, mail.seq, mail.envelope)
@@ -59,6 +71,8 @@ def mail_json(mail: MailRow, *, body: bool = True) -> dict[str, Any]:
         return out  # By a newer LLM OS: the rest can still be shown.
     out |= {"kind": envelope.wire.kind, "sender": envelope.sender, "asked": envelope.asked}
     out["cause"] = envelope.cause
+    timed = mail.stream.startswith("timer:")  # Their numbers are when they were due.
+    out["sent_at"] = mail.seq / 1000 if timed else envelope.sent_at or None
     if body:
         out["body"] = record.view(envelope.wire.body)
     return out
@@ -69,7 +83,8 @@ def mail(rows: Sequence[MailRow], now: float) -> RenderableType:
     if not rows:
         return Text("Nothing waits.")
     made = table(
-        "MESSAGE", "KIND", "FROM", "PRIORITY", "ATTEMPTS", "HOSTS LOST", "TURN", "NOT BEFORE"
+        *("MESSAGE", "KIND", "FROM", "AGE", "PRIORITY", "ATTEMPTS", "HOSTS LOST", "TURN"),
+        "NOT BEFORE",
     )
     for row in rows:
         shown = mail_json(row, body=False)
@@ -77,6 +92,7 @@ def mail(rows: Sequence[MailRow], now: float) -> RenderableType:
             shown["message"],
             shown["kind"],
             shown["sender"],
+            age(now - shown["sent_at"]) if shown["sent_at"] else "",
             str(row.priority),
             str(row.attempts),
             str(row.deaths),

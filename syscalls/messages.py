@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import core_schema
+from pydantic_core import core_schema, to_json
 
 from llmos.drivers.errors import LlmosError
 from llmos.syscalls.base import Caller, Request, Response, Services, handles
@@ -18,6 +19,9 @@ from llmos.syscalls.labels import NO_LABELS, Labels, Provenance, Sensitivity
 
 MAX_MESSAGE_BYTES = 1 << 20
 """Largest body on the wire."""
+
+_BYTES = (b"\xc4", b"\xc5", b"\xc6")
+"""What bytes begin with in msgpack. Text may have them, too."""
 
 _KINDS: dict[str, list[type[Message]]] = {}
 
@@ -105,7 +109,7 @@ class Wire:
             InvalidMessage: the body does not fit.
         """
         try:
-            return as_type.model_validate_json(json.dumps(self.json()))
+            return as_type.model_validate_json(self._text())
         except ValidationError as error:
             reason = "; ".join(
                 f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}" for e in error.errors()
@@ -115,6 +119,16 @@ class Wire:
             # msgpack carries bytes, JSON does not.
             raise InvalidMessage(receiver, self.kind, str(error)) from None
 
+    def _text(self) -> bytes | str:
+        """The body as JSON."""
+        content = self.json()
+        if not any(mark in self.body for mark in _BYTES):
+            try:
+                return to_json(content, inf_nan_mode="constants")
+            except ValueError:
+                pass  # Nested too deeply for it, not for the other.
+        return json.dumps(content)
+
     def message(self) -> Message:
         """Make it a message of the class of that kind, or a RawMessage if there is none."""
         classes = _KINDS.get(self.kind, [])
@@ -122,6 +136,15 @@ class Wire:
         if len(fitting) == 1:
             return self.decode(fitting[0], "?")
         return RawMessage(of_kind=self.kind, body=self.json())
+
+
+@lru_cache(maxsize=256)
+def _labels(tenants: tuple[str, ...], sensitivity: int, trusted: bool) -> Labels:
+    """Made once: nearly all messages carry one of few."""
+    labels = Labels(
+        tenants=frozenset(tenants), sensitivity=Sensitivity(sensitivity), trusted=trusted
+    )
+    return NO_LABELS if labels == NO_LABELS else labels
 
 
 def _pack(body: dict[str, Any]) -> bytes:
@@ -158,6 +181,8 @@ class Envelope(NamedTuple):
     """``turn/seq`` of the syscall that sent it; empty from outside."""
     again: bool = False
     """Whether it may have been delivered before."""
+    sent_at: float = 0.0
+    """When it was sent, or came from outside, seconds since 1970; 0: not known. For people."""
 
     @property
     def key(self) -> tuple[str, str, int]:
@@ -174,7 +199,7 @@ class Envelope(NamedTuple):
         labels = self.labels
         packed = msgpack.packb(
             (
-                1,
+                2,
                 self.sender,
                 (self.wire.kind, self.wire.module, self.wire.body),
                 self.asked,
@@ -182,6 +207,7 @@ class Envelope(NamedTuple):
                 self.chain,
                 (sorted(labels.tenants), int(labels.sensitivity), labels.trusted),
                 self.cause,
+                self.sent_at,
             )
         )
         assert isinstance(packed, bytes)
@@ -198,9 +224,10 @@ class Envelope(NamedTuple):
             version, *fields = msgpack.unpackb(packed)
         except (ValueError, TypeError) as error:
             raise InvalidMessage(receiver, "?", f"its envelope is broken: {error!r}") from None
-        if version != 1:
+        if version not in (1, 2):
             raise InvalidMessage(receiver, "?", f"its envelope has version {version}")
-        sender, wire, asked, priority, chain, labels, cause = fields
+        # Version 1 did not know when it was sent.
+        sender, wire, asked, priority, chain, labels, cause, *sent_at = fields
         return cls(
             receiver,
             sender,
@@ -210,11 +237,10 @@ class Envelope(NamedTuple):
             asked,
             priority=priority,
             chain=tuple(chain),
-            labels=Labels(
-                tenants=frozenset(labels[0]), sensitivity=Sensitivity(labels[1]), trusted=labels[2]
-            ),
+            labels=_labels(tuple(labels[0]), labels[1], labels[2]),
             cause=cause,
             again=True,
+            sent_at=sent_at[0] if sent_at else 0.0,
         )
 
 

@@ -53,7 +53,12 @@ from llmos.drivers.stores.schema import (
     statements,
     upsert_tail,
 )
+from llmos.drivers.stores.watch import Watch
 
+ANSWER_S = 15.0
+"""Longest wait for an answer to a commit or a read: half of what a host waits for a commit."""
+OPEN_S = 60.0
+"""Longest wait while a database is opened, which may have to be migrated and looked through."""
 RECONNECT_S = 5.0
 """How long a call waits for a lost server to come back."""
 
@@ -157,6 +162,7 @@ class PostgresStore(SqlReads):
         """
         self._lock = threading.Lock()
         self._closed = False
+        self._watch = Watch()
         self._writer: _Connection | None = None
         self._known = Known()
         try:
@@ -205,7 +211,7 @@ class PostgresStore(SqlReads):
                 now. Nothing of any part was kept; except that a connection lost during the
                 commit leaves that unknown, and the same parts may come again.
         """
-        with self._lock, self._writing() as writer:
+        with self._lock, self._writing() as writer, self._watch.over(writer, ANSWER_S):
             faults = faults_of(parts)
             committed = _Committed(writer)
             with writer.pipeline():
@@ -274,6 +280,7 @@ class PostgresStore(SqlReads):
             self._closed = True
             self._pool.close()
             self._disconnect()
+            self._watch.close()
 
     # ------------------------------------------------------------ connections
 
@@ -283,28 +290,33 @@ class PostgresStore(SqlReads):
             try:
                 writer = psycopg.connect(self._conninfo, autocommit=True, prepare_threshold=0)
                 undo.callback(writer.close)
-                deadline = time.monotonic() + LOCK_WAIT_S
-                while not _scalar(writer, "SELECT pg_try_advisory_lock(%s, %s)", _LOCK):
-                    if time.monotonic() > deadline:
-                        raise self._unavailable(
-                            "it is in use by another process",
-                            remedy="Stop the system that uses it, or give this one a database "
-                            "of its own",
-                        )
-                    time.sleep(0.05)
-                # Whatever the server's default is: what is acknowledged survives power loss.
-                writer.execute("SET synchronous_commit TO on")
-                writer.execute(f"SET lock_timeout TO '{RECONNECT_S}s'")
-                if reason := _prepare(writer):
-                    raise self._unavailable(reason, remedy="Use another database or a newer LLM OS")
-                known = _load(writer)
-                # All that this connection does from now on goes by an index.
-                writer.execute("SET enable_seqscan TO off")
-                writer.execute("SET jit TO off")
+                with self._watch.over(writer, OPEN_S):
+                    known = self._take(writer)
             except psycopg.Error as error:
                 raise self._unavailable(str(error)) from error
             undo.pop_all()
         self._writer, self._known = writer, known
+
+    def _take(self, writer: _Connection) -> Known:
+        """Own the database, make its schema one of this version, and read what is known."""
+        deadline = time.monotonic() + LOCK_WAIT_S
+        while not _scalar(writer, "SELECT pg_try_advisory_lock(%s, %s)", _LOCK):
+            if time.monotonic() > deadline:
+                raise self._unavailable(
+                    "it is in use by another process",
+                    remedy="Stop the system that uses it, or give this one a database of its own",
+                )
+            time.sleep(0.05)
+        # Whatever the server's default is: what is acknowledged survives power loss.
+        writer.execute("SET synchronous_commit TO on")
+        writer.execute(f"SET lock_timeout TO '{RECONNECT_S}s'")
+        if reason := _prepare(writer):
+            raise self._unavailable(reason, remedy="Use another database or a newer LLM OS")
+        known = _load(writer)
+        # All that this connection does from now on goes by an index.
+        writer.execute("SET enable_seqscan TO off")
+        writer.execute("SET jit TO off")
+        return known
 
     def _disconnect(self) -> None:
         if self._writer is not None:
@@ -339,7 +351,8 @@ class PostgresStore(SqlReads):
             lost = writer.closed
             if not lost:
                 try:
-                    writer.execute("ROLLBACK")
+                    with self._watch.over(writer, ANSWER_S):
+                        writer.execute("ROLLBACK")
                 except psycopg.Error:
                     lost = True
             if lost:
@@ -354,7 +367,10 @@ class PostgresStore(SqlReads):
         deadline = time.monotonic() + RECONNECT_S
         while True:
             try:
-                with self._pool.connection(timeout=RECONNECT_S) as reader:
+                with (
+                    self._pool.connection(timeout=RECONNECT_S) as reader,
+                    self._watch.over(reader, ANSWER_S),
+                ):
                     return reader.execute(query, values).fetchall()
             except PoolClosed:
                 self._check_open()

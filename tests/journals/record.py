@@ -38,6 +38,7 @@ TURNS = {
     "patched-before": ("Patched", 1),
     "ask": ("Asker", 1),
     "asked": ("Teller", 1),
+    "asked-with-its-time": ("Teller", 1),
     "plan": ("Planner", 1),
     "failed": ("Failing", 1),
     "cut-off": ("Slow", 1),

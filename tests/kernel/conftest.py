@@ -42,7 +42,7 @@ def _logger_as_it_was() -> Iterator[None]:
 @pytest.fixture
 async def actors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Machine]:
     """A little kernel with agents ``acme/actor/*`` that do what a test says."""
-    monkeypatch.setattr("llmos.kernel.turnlog.FLUSH_S", 0.001)
+    monkeypatch.setattr("llmos.kernel.committer.FLUSH_S", 0.001)
     monkeypatch.setattr("llmos.kernel.turns.STORE_RETRY_S", 0.02)
     monkeypatch.setattr("llmos.kernel.inbox.STORE_RETRY_S", 0.02)
     monkeypatch.setattr("llmos.kernel.timers.LOOK_S", 0.02)

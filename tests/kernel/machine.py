@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ import msgpack
 
 from llmos.drivers.errors import StaleEpoch
 from llmos.drivers.protocols import EngineOptions, Tool
+from llmos.drivers.stores import wire
 from llmos.drivers.stores.rows import (
     SHARDS,
     AgentRow,
@@ -62,9 +62,9 @@ class GuardedJournal(JournalServer):
         self.commits = 0
         self.parts: list[Part] = []
 
-    async def commit(self, parts: Any) -> Any:
+    async def commit(self, parts: Any, *sender: Any) -> Any:
         if isinstance(parts, bytes):
-            parts = pickle.loads(parts)
+            parts = wire.unpack(parts)
         self.commits += 1
         await self.gate.wait()
         if self.refuse_all is not None:
@@ -73,7 +73,7 @@ class GuardedJournal(JournalServer):
             error, self.refuse = self.refuse, None
             return error
         self.parts += parts
-        return await super().commit(parts)
+        return await super().commit(parts, *sender)
 
 
 class Line:
@@ -83,12 +83,12 @@ class Line:
         self.journal = journal
         self.cut = False
 
-    async def commit(self, parts: Any) -> Any:
+    async def commit(self, parts: Any, *sender: Any) -> Any:
         if isinstance(parts, bytes):
-            parts = pickle.loads(parts)
+            parts = wire.unpack(parts)
         if self.cut:
             return [StaleEpoch("?", 0, 1)] * len(parts)
-        return await self.journal.commit(parts)
+        return await self.journal.commit(parts, *sender)
 
     async def read(self, *args: Any, **options: Any) -> Any:
         if self.cut:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from llmos.drivers.errors import LlmosError, StaleEpoch, StoreUnavailable
+from llmos.drivers.stores import wire
 from llmos.drivers.stores.rows import Part, SetHold
 from llmos.kernel import committer as module
 from llmos.kernel.committer import Committer
@@ -32,9 +32,9 @@ class FakeJournal:
         """What whole calls are answered with, one after the other."""
 
     @answers
-    async def commit(self, parts: Any) -> list[LlmosError | None]:
+    async def commit(self, parts: Any, *sender: Any) -> list[LlmosError | None]:
         if isinstance(parts, bytes):
-            parts = pickle.loads(parts)
+            parts = wire.unpack(parts)
         if self.raises:
             raise self.raises.pop(0)
         self.calls.append(parts)

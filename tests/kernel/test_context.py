@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, assert_type
 
 import pytest
+from pydantic import BaseModel
 
+from llmos.drivers.protocols import Grammar
 from llmos.drivers.tools.memory import MemoryTool
 from llmos.kernel.context import Context
 from llmos.syscalls.base import HANDLERS, Request
 from llmos.syscalls.deferred import NoTimer, Post, Subscription, Timer, Watch
 from llmos.syscalls.effects import Call
+from llmos.syscalls.errors import AnswerCutOff, InvalidRequest
+from llmos.syscalls.generate import Generated
 from llmos.syscalls.labels import Labels
 from llmos.syscalls.messages import Message, Wire
-from tests.syscalls.fakes import CALLER, FakeServices
+from tests.syscalls.fakes import CALLER, FakeServices, words
 
 
 class Nudge(Message):
@@ -106,3 +111,68 @@ def test_ids_are_unique_and_the_same_when_the_turn_runs_again(straight: Straight
 def test_changes_of_the_code_are_the_dispatchers_to_know(straight: Straight) -> None:
     os = Context(straight)
     assert (os.patched("new"), os.patched("newer")) == (True, False)
+
+
+class Person(BaseModel):
+    name: str
+    age: int
+
+
+async def test_an_answer_with_a_schema_is_an_object(straight: Straight) -> None:
+    straight.services.scripts = [words('{"name": ', '"Ada", "age": 36}')]
+    os = Context(straight)
+    made = await os.generate("chat", "Who?", schema=Person, seed=3)
+    assert_type(made, Person)
+    assert made == Person(name="Ada", age=36)
+    ((_, job),) = straight.services.jobs
+    assert job.params.grammar is not None
+    assert job.params.grammar.kind == "json_schema"
+    assert json.loads(job.params.grammar.source)["required"] == ["name", "age"]
+    assert (job.params.seed, job.params.max_new_tokens) == (3, 512)
+
+
+async def test_one_that_was_cut_off_says_so(straight: Straight) -> None:
+    straight.services.scripts = [words('{"name": ', finish="length")]
+    with pytest.raises(AnswerCutOff) as caught:
+        await Context(straight).generate("chat", "Who?", schema=Person, max_new_tokens=2)
+    assert (caught.value.model, caught.value.text) == ("chat", '{"name": ')
+
+
+async def test_choices_and_expressions_bind_the_text(straight: Straight) -> None:
+    straight.services.scripts = [words("yes")]
+    os = Context(straight)
+    made = await os.generate("chat", "?", choices=["yes", "nö"], logprobs=0)
+    assert_type(made, Generated)
+    assert made.text == "yes"
+    await os.generate("chat", "?", regex="yes|no")
+    await os.generate("chat", "?")
+    grammars = [job.params.grammar for _, job in straight.services.jobs]
+    assert grammars == [Grammar("choices", '["yes", "nö"]'), Grammar("regex", "yes|no"), None]
+
+
+async def test_tools_are_described_by_classes_and_functions(straight: Straight) -> None:
+    def now(zone: str) -> str:
+        """The time."""
+        return zone
+
+    straight.services.scripts = [words("no")]
+    await Context(straight).generate("chat", "?", tools=[Person, now])
+    ((_, job),) = straight.services.jobs
+    assert [t.name for t in job.tools] == ["Person", "now"]
+    assert job.tools[1].description == "The time."
+
+
+@pytest.mark.parametrize(
+    "bound",
+    [
+        {"schema": Person, "regex": "a"},
+        {"choices": ["a"], "regex": "a"},
+        {"schema": Person, "choices": ["a"]},
+        {"choices": "abc"},
+    ],
+    ids=str,
+)
+async def test_two_things_that_bind_an_answer_are_refused(straight: Straight, bound: Any) -> None:
+    with pytest.raises(InvalidRequest):
+        await Context(straight).generate("chat", "?", **bound)
+    assert not straight.services.jobs

@@ -1,8 +1,7 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,9 @@ import pytest
 
 from llmos.drivers.errors import (
     DriverNotFound,
-    EngineBusy,
     EngineFailed,
     InvalidParams,
+    NoHead,
     PromptTooLong,
 )
 from llmos.drivers.protocols import (
@@ -21,9 +20,7 @@ from llmos.drivers.protocols import (
     GenerationChunk,
     GenerationJob,
     SamplingParams,
-    Vectors,
 )
-from llmos.kernel import device
 from llmos.kernel.device import DeviceServer
 from tests.kernel.conftest import sample
 from tests.kernel.local import until
@@ -140,121 +137,17 @@ async def test_what_cannot_be_loaded_is_returned_as_a_typed_error(
     assert set((await server.statistics())["slots"]) == {"chat", "embed"}
 
 
-# ------------------------------------------------------------------ embeddings
+# ------------------------------------------------------------------ texts
 
 
-class Slow:
-    """The real encoder behind a gate."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self.gate = threading.Event()
-        self.batches: list[int] = []
-        self.error: Exception | None = None
-
-    def embed(self, texts: Sequence[str]) -> Vectors:
-        self.batches.append(len(texts))
-        assert self.gate.wait(5)
-        if self.error is not None:
-            raise self.error
-        return np.asarray(self._engine.embed(texts))
-
-    def close(self) -> None:
-        self._engine.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-
-def slowed(server: DeviceServer) -> Slow:
-    encoder = server._encoders["embed"]
-    slow = Slow(encoder.engine)
-    encoder.engine = slow
-    return slow
-
-
-async def embed(server: DeviceServer, *texts: str) -> Any:
-    return await server.embed("embed", texts)
-
-
-async def waiting(server: DeviceServer, slow: Slow, *batches: int) -> list[asyncio.Task[Any]]:
-    """Callers behind the gate: the first alone in the model, the others in the queue."""
-    tasks = []
-    for size in batches:
-        tasks.append(asyncio.create_task(embed(server, *[f"text {n}" for n in range(size)])))
-        await asyncio.sleep(0)
-    await until(lambda: slow.batches)
-    return tasks
-
-
-async def test_callers_that_wait_go_through_the_model_together(server: DeviceServer) -> None:
-    alone = await embed(server, "text 0", "text 1", "text 2")
-    slow = slowed(server)
-    tasks = await waiting(server, slow, 1, 2, 3, 1)
-    slow.gate.set()
-    made = await asyncio.gather(*tasks)
-    assert slow.batches == [1, 6]
-    for size, vectors in zip((1, 2, 3, 1), made, strict=True):
-        np.testing.assert_array_equal(vectors, alone[:size])
-        assert vectors.base is None
-
-
-async def test_a_batch_is_bounded_but_no_caller_is_split(server: DeviceServer) -> None:
-    slow = slowed(server)
-    tasks = await waiting(server, slow, 1, 40, 30, 200, 1)
-    slow.gate.set()
-    await asyncio.gather(*tasks)
-    assert slow.batches == [1, 40, 30, 200, 1]
-
-
-async def test_one_who_left_is_not_embedded(server: DeviceServer) -> None:
-    slow = slowed(server)
-    first, second, third = await waiting(server, slow, 1, 5, 2)
-    second.cancel()
-    await asyncio.sleep(0)
-    slow.gate.set()
-    assert (await first).shape[0] == 1
-    assert (await third).shape[0] == 2
-    assert slow.batches == [1, 2]
-
-
-async def test_unloading_fails_those_inside_and_those_who_wait(server: DeviceServer) -> None:
-    slow = slowed(server)
-    tasks = await waiting(server, slow, 1, 2)
-    unloading = asyncio.create_task(server.unload("embed"))
-    await asyncio.sleep(0.01)
-    slow.gate.set()
-    async with asyncio.timeout(5):
-        results = await asyncio.gather(*tasks)
-        await unloading
-    assert [type(r) for r in results] == [EngineFailed, EngineFailed]
-    assert "unloaded" in str(results[0])
-    assert isinstance(await embed(server, "x"), EngineFailed)
-
-
-async def test_an_encoder_that_breaks_fails_its_batch_alone(server: DeviceServer) -> None:
-    slow = slowed(server)
-    slow.error = RuntimeError("out of luck")
-    (task,) = await waiting(server, slow, 1)
-    slow.gate.set()
-    broken = await task
-    assert isinstance(broken, EngineFailed)
-    assert "out of luck" in str(broken)
-    slow.error = None
-    assert (await embed(server, "x")).shape[0] == 1
-
-
-async def test_an_encoders_queue_is_bounded(
-    server: DeviceServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(device, "MAX_WAITING_TEXTS", 3)
-    slow = slowed(server)
-    tasks = await waiting(server, slow, 1, 3)
-    refused = await embed(server, "one more")
-    assert isinstance(refused, EngineBusy)
-    slow.gate.set()
-    await asyncio.gather(*tasks)
-    assert (await embed(server, "one more")).shape[0] == 1
+async def test_texts_go_to_the_encoder_of_the_slot(server: DeviceServer) -> None:
+    vectors = await server.embed("embed", ["one", "two"])
+    assert isinstance(vectors, np.ndarray)
+    assert vectors.shape[0] == 2
+    assert isinstance(await server.classify("embed", ["one"]), NoHead)
+    for refused in (await server.embed("chat", ["x"]), await server.classify("gone", ["x"])):
+        assert isinstance(refused, EngineFailed)
+        assert "not resident" in str(refused)
 
 
 async def test_the_device_says_what_it_is(server: DeviceServer) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from llmos import Context
-from llmos.drivers.errors import LlmosError, StaleEpoch, ToolRefused
+from llmos.drivers.errors import LlmosError, StaleEpoch, StoreUnavailable, ToolRefused
 from llmos.drivers.stores.rows import SHARDS, TakeShards
+from llmos.kernel.operating import OperationRefused
 from llmos.syscalls.errors import EffectUnknown
 from tests.kernel.durable import ACTOR, OTHER, SEEN, Actor, Bank, Look, Run, script
 from tests.kernel.local import until
@@ -331,7 +332,7 @@ async def test_a_call_whose_outcome_is_durable_is_not_found_out_again(actors: Ma
 async def test_a_host_that_closes_right_after_a_call_keeps_its_outcome(
     actors: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmos.kernel.turnlog.FLUSH_S", 10.0)
+    monkeypatch.setattr("llmos.kernel.committer.FLUSH_S", 10.0)
 
     @script
     async def slow(self: Actor, os: Context, message: Run) -> Any:
@@ -350,3 +351,49 @@ async def test_a_host_that_closes_right_after_a_call_keeps_its_outcome(
     reply = await actors.host_handle.deliver.remote(envelope._replace(again=True))
     assert reply.message().value == {"amount": 1}
     assert bank(actors, "plain").entered == 1
+
+
+async def test_a_call_of_a_question_that_was_cancelled_is_listed_until_somebody_says(
+    actors: Machine,
+) -> None:
+    paying("plain")
+    outside = bank(actors, "plain")
+    outside.before.clear()
+    envelope = actors.envelope(ACTOR, Run(script="pay", n=7))
+    asking = asyncio.ensure_future(actors.host._inbox.ask(envelope))
+    await until(lambda: outside.entered)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    outside.before.set()
+    await until(lambda: not actors.host._inbox.entries)
+    (found,) = await actors.operator.unknown_effects()
+    assert (found.tool, found.ended, found.agent) == ("plain", True, ACTOR)
+    name = f"{found.turn}/{found.seq}"
+    with pytest.raises(OperationRefused, match="nobody waits for it"):
+        await actors.operator.resolve(name, "retry")
+    await actors.operator.resolve(name, "failed", "the bank knows nothing of it")
+    assert await actors.operator.unknown_effects() == []
+    assert not isinstance((await pay(actors)).error, LlmosError)
+
+
+async def test_a_store_that_stays_away_does_not_keep_a_turn_that_is_to_be_held(
+    actors: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmos.kernel.turns.STORE_PATIENCE_S", 0.05)
+    monkeypatch.setattr("llmos.kernel.turns.STORE_RETRY_S", 0.01)
+    paying("plain")
+    outside = Bank("plain", failures=("uncertain",), idempotent=False, queryable=False)
+    actors.host._services._tools["plain"] = outside
+    envelope = actors.envelope(ACTOR, Run(script="pay", n=7))
+    outside.before.clear()
+    asking = asyncio.ensure_future(actors.host_handle.deliver.remote(envelope))
+    await until(lambda: outside.entered)
+    actors.journal.refuse_all = StoreUnavailable("store", "away")
+    outside.before.set()
+    assert isinstance((await asking).error, StoreUnavailable)
+    actors.journal.refuse_all = None
+    reply = await actors.host_handle.deliver.remote(envelope._replace(again=True))
+    assert isinstance(reply.error, EffectUnknown)
+    assert (await actors.read("agent", ACTOR)).hold == "unknown effect"
+    assert outside.entered == 1

@@ -21,6 +21,7 @@ from llmos.drivers.stores.rows import (
     PutBlob,
     PutLaunch,
     SaveAgent,
+    SetHold,
     TakeShards,
     Write,
 )
@@ -268,3 +269,28 @@ async def test_what_waits_when_the_journal_closes_is_still_kept(tmp_path: Path) 
     again = JournalServer("j", "sqlite", str(tmp_path / "store.db"), str(tmp_path), "INFO")
     assert len(await again.read("launches")) == 2
     await again.close()
+
+
+async def test_what_was_sent_behind_a_call_that_was_not_taken_does_not_overtake_it(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await bench.commit(launched("a/b/c"))
+    await held_up(bench)
+
+    def sent(number: int, *, first: bool, writes: int = 1) -> asyncio.Task[Any]:
+        part = [SetHold("a/b/c", str(number))] * writes
+        return asyncio.create_task(bench.server.commit([part], "host:0", number, first))
+
+    monkeypatch.setattr("llmos.kernel.journal.MAX_WAITING", 3)
+    waiting = asyncio.create_task(bench.commit(launched("a/b/d")))
+    await asyncio.sleep(0)
+    one, two, three = sent(1, first=True, writes=3), sent(2, first=False), sent(3, first=False)
+    assert all(isinstance(answer, Busy) for answer in await asyncio.gather(one, two, three))
+    other = asyncio.create_task(bench.server.commit([[SetHold("a/b/d", "x")]], "host:1", 1, True))
+    bench.store.gate.set()
+    await waiting
+    assert await other == [None]
+    # Also what comes when there is room again, before the first has come again.
+    assert isinstance(await sent(4, first=False), Busy)
+    assert await sent(1, first=True, writes=3) == [None]
+    assert await sent(2, first=False) == [None]

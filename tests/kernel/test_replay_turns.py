@@ -665,7 +665,7 @@ async def test_an_asker_whose_agent_moves_is_sent_on(actors: Machine) -> None:
 async def test_a_turn_that_the_store_has_not_heard_of_leaves_nothing_behind(
     actors: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmos.kernel.turnlog.FLUSH_S", 10.0)
+    monkeypatch.setattr("llmos.kernel.committer.FLUSH_S", 10.0)
 
     @script
     async def work(self: Actor, os: Context, message: Run) -> Any:

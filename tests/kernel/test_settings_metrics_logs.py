@@ -100,11 +100,11 @@ def test_a_home_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 
 
 def test_two_processes_are_joined_into_what_prometheus_reads() -> None:
-    metrics.TURNS.labels(program="p:A", status="ok").observe(0.02)
+    metrics.TURNS.labels("p:A", "ok").observe(0.02)
     metrics.TOKENS.labels(model='we"ird\\\n', phase="decode").inc(5)
     metrics.MEMORY.labels(device="cpu:0", owner="model chat").set(1024)
     one = pickle.loads(pickle.dumps(metrics.export("host:0")))
-    metrics.TURNS.labels(program="p:A", status="ok").observe(0.2)
+    metrics.TURNS.labels("p:A", "ok").observe(0.2)
     two = metrics.export("host:1")
     text = metrics.render([one, two])
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from llmos import Context
-from llmos.drivers.stores.rows import SHARDS, DropTimer, PutTimer
+from llmos.drivers.errors import StoreUnavailable
+from llmos.drivers.stores.rows import SHARDS, DropTimer, PutTimer, TimerRow
 from llmos.kernel.clock import next_due
 from llmos.syscalls.errors import InvalidRequest, Quarantined, UnknownAgent
 from tests.kernel.durable import ACTOR, OTHER, SEEN, THIRD, Actor, Look, Run, script
@@ -377,3 +378,32 @@ async def test_only_agents_of_ones_tenant_can_be_watched(clocks: Machine) -> Non
 
     with pytest.raises(UnknownAgent):
         await clocks.ask(ACTOR, Run(script="spies"))
+
+
+async def test_a_page_of_timers_that_cannot_be_kept_is_not_asked_for_without_end(
+    clocks: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmos.kernel.timers.PAGE", 1)
+    monkeypatch.setattr("llmos.kernel.timers.LOOK_S", 1.0)
+    reads = 0
+    read = clocks.host._timers._services.read_store
+
+    async def counted(method: str, *args: Any, **options: Any) -> Any:
+        nonlocal reads
+        reads += method == "timers"
+        return await read(method, *args, **options)
+
+    monkeypatch.setattr(clocks.host._timers._services, "read_store", counted)
+    envelope = clocks.envelope(ACTOR, Look())._replace(asked=False).pack()
+    due = [PutTimer(TimerRow(ACTOR, name, 1.0, envelope)) for name in "ab"]
+    assert await clocks.journal.commit([due]) == [None]
+    clocks.journal.refuse_all = StoreUnavailable("store", "disk full")
+    clocks.host._timers.changed()
+    await until(lambda: reads)
+    await asyncio.sleep(0.3)  # In which it would ask hundreds of times.
+    assert reads <= 3
+    clocks.journal.refuse_all = None
+    clocks.host._timers.changed()
+    async with asyncio.timeout(5):
+        while await timers(clocks):  # noqa: ASYNC110 - for what has no event to wait for
+            await asyncio.sleep(0.01)

@@ -10,8 +10,9 @@ import pytest
 from llmos.drivers.errors import StaleEpoch, StoreUnavailable
 from llmos.drivers.stores.rows import Append, JournalRow, Own, PutBlob, PutMail, Write
 from llmos.drivers.stores.rows import MailRow as Mail
-from llmos.kernel import record, turnlog
-from llmos.kernel.committer import Ticket
+from llmos.kernel import committer, record
+from llmos.kernel.committer import Kept, Ticket
+from llmos.kernel.soon import Soon
 from llmos.kernel.turnlog import TurnLog, writes_of
 from llmos.syscalls.errors import Busy
 from tests.kernel.local import until
@@ -29,14 +30,14 @@ class Sink:
 
     def __init__(self) -> None:
         self.tickets: list[Ticket] = []
+        self.soon = Soon(lambda: committer.FLUSH_S)
         self.automatic = True
         self.full = False
 
     def put(self, part: list[Write]) -> Ticket:
         if self.full:
             raise Busy("The way to the journal", 9, 0.5)
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        done.add_done_callback(lambda d: d.cancelled() or d.exception())
+        done = Kept()
         ticket = Ticket(part, done)
         self.tickets.append(ticket)
         if self.automatic:
@@ -67,7 +68,7 @@ def log_of(sink: Sink, *opening: Write) -> TurnLog:
 async def test_rows_wait_for_others_and_leave_together(
     sink: Sink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turnlog, "FLUSH_S", 0.01)
+    monkeypatch.setattr(committer, "FLUSH_S", 0.01)
     log = log_of(sink)
     log.add(row(1))
     log.add(row(2))
@@ -98,7 +99,7 @@ async def test_a_barrier_sends_what_there_is_and_waits_for_it(sink: Sink) -> Non
 async def test_a_barrier_waits_for_what_left_before(
     sink: Sink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turnlog, "FLUSH_S", 0.0)
+    monkeypatch.setattr(committer, "FLUSH_S", 0.0)
     sink.automatic = False
     log = log_of(sink)
     log.add(row(1))
@@ -117,7 +118,7 @@ async def test_a_barrier_that_fails_says_so_and_its_rows_are_written_again(sink:
     waiting = asyncio.create_task(log.barrier())
     await asyncio.sleep(0)
     log.add(row(2))
-    sink.tickets[0].done.set_exception(StoreUnavailable("store", "disk full"))
+    sink.tickets[0].done.fail(StoreUnavailable("store", "disk full"))
     with pytest.raises(StoreUnavailable):
         await waiting
     # In their order.
@@ -127,7 +128,7 @@ async def test_a_barrier_that_fails_says_so_and_its_rows_are_written_again(sink:
 async def test_a_way_that_is_full_keeps_the_rows_for_later(
     sink: Sink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turnlog, "FLUSH_S", 0.001)
+    monkeypatch.setattr(committer, "FLUSH_S", 0.001)
     sink.full = True
     log = log_of(sink, OPENING)
     log.add(row(1))
@@ -145,7 +146,7 @@ async def test_another_owner_ends_it(sink: Sink) -> None:
     log.add(row(1))
     waiting = asyncio.create_task(log.barrier())
     await asyncio.sleep(0)
-    sink.tickets[0].done.set_exception(StaleEpoch("a/b/c", 1, 2))
+    sink.tickets[0].done.fail(StaleEpoch("a/b/c", 1, 2))
     with pytest.raises(StaleEpoch):
         await waiting
 
@@ -171,7 +172,7 @@ async def test_the_opening_leaves_with_the_first_rows_and_once(sink: Sink) -> No
 async def test_a_turn_that_lasts_is_opened_without_rows(
     sink: Sink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(turnlog, "FLUSH_S", 0.001)
+    monkeypatch.setattr(committer, "FLUSH_S", 0.001)
     log = log_of(sink, OPENING)
     await until(lambda: sink.tickets)
     assert sink.parts() == [[OPENING]]
@@ -184,7 +185,7 @@ async def test_an_opening_that_was_lost_comes_with_the_rest(sink: Sink) -> None:
     log.add(row(1))
     waiting = asyncio.create_task(log.barrier())
     await asyncio.sleep(0)
-    sink.tickets[0].done.set_exception(StoreUnavailable("store", "disk full"))
+    sink.tickets[0].done.fail(StoreUnavailable("store", "disk full"))
     with pytest.raises(StoreUnavailable):
         await waiting
     assert await log.rest() == [OPENING, Append(row(1))]
@@ -199,7 +200,7 @@ async def test_a_waiter_that_is_cancelled_forgets_no_rows(sink: Sink) -> None:
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
         await waiting
-    sink.tickets[0].done.set_exception(StoreUnavailable("store", "disk full"))
+    sink.tickets[0].done.fail(StoreUnavailable("store", "disk full"))
     assert await log.rest() == [Append(row(1))]
 
 
@@ -213,7 +214,7 @@ async def test_streams_under_way_give_what_they_have_handed_out(sink: Sink) -> N
 
 
 async def test_nothing_leaves_after_the_end(sink: Sink, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(turnlog, "FLUSH_S", 0.001)
+    monkeypatch.setattr(committer, "FLUSH_S", 0.001)
     discarded, ended = log_of(sink), log_of(sink)
     discarded.add(row(1))
     discarded.discard()

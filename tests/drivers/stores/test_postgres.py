@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from llmos.drivers.errors import StoreUnavailable
@@ -75,6 +77,42 @@ def test_other_tables_of_the_database_are_left_alone(database: Callable[[], str]
     store.close()
     with psycopg.connect(url) as connection:
         assert connection.execute("SELECT * FROM public.agents").fetchall() == []
+
+
+def test_a_server_that_hangs_behind_its_socket_fails_what_is_asked(
+    postgres: Any, database: Callable[[], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(postgres_store, "ANSWER_S", 0.5)
+    monkeypatch.setattr(postgres_store, "RECONNECT_S", 0.1)
+    store = PostgresStore(f"{database()}&connect_timeout=2")
+    ok(store, PutMail(mail(1)))
+    assert len(store.mail()) == 1  # Both connections are there.
+    main = int((Path(postgres.pgdata) / "postmaster.pid").read_text().split()[0])
+    server = [psutil.Process(main), *psutil.Process(main).children(recursive=True)]
+    try:
+        for process in server:
+            process.suspend()
+        for ask in (lambda: store.commit([[PutMail(mail(2))]]), store.mail):
+            began = time.monotonic()
+            with pytest.raises(StoreUnavailable, match=r"did not answer in 0\.5 s"):
+                ask()
+            assert time.monotonic() - began < 10
+        with pytest.raises(StoreUnavailable):
+            store.commit([[PutMail(mail(2))]])
+    finally:
+        for process in server:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+    until = time.monotonic() + 20
+    while True:
+        try:
+            ok(store, PutMail(mail(3)))
+            break
+        except StoreUnavailable:
+            # What hung holds the lock until it has noticed that nobody is there any more.
+            assert time.monotonic() < until
+    assert [m.seq for m in store.mail()][-1] == 3
+    store.close()
 
 
 def test_a_connection_that_is_lost_is_made_anew(database: Callable[[], str]) -> None:
