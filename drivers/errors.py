@@ -25,8 +25,16 @@ The tree::
         │   ├── AdapterUnusable     it does not fit its model
         │   ├── AdaptersFull        as many as the model may have
         │   ├── NoHead              an encoder without a classification head
+        │   ├── WeightsUnsupported  int8 or int4 that the device or the model cannot have
         │   ├── EngineBusy          queue full, come back later
+        │   │   ├── ServerBusy      a remote server has no room, or this key has had its share
+        │   │   └── ServerDown      a remote server that failed again and again is left alone
         │   └── EngineFailed        the engine broke while the request was in it
+        │       └── RemoteError     a remote server did not give a whole answer
+        │           ├── RemoteUnreachable  no connection, or no answer in time
+        │           ├── RemoteRefused      it said no: key, model, parameters, content
+        │           ├── RemoteBroken       what it sent is no answer, or ends in the middle
+        │           └── GrammarIgnored     its answer is not what the grammar allows
         ├── VectorError
         │   ├── DimensionMismatch
         │   ├── NotFinite
@@ -38,6 +46,7 @@ The tree::
         │   ├── RuleSyntaxError
         │   ├── UnknownTemplate     a fact that the rule base does not declare
         │   ├── RuleLimitExceeded
+        │   ├── RuleTimeout         still at work when its time was over
         │   └── RuleFailed          an action of a rule went wrong
         ├── DocumentError
         ├── ToolError
@@ -270,6 +279,59 @@ class EngineFailed(EngineError):
         super().__init__(f"The engine of model {model!r} failed: {reason}")
 
 
+class ServerBusy(EngineBusy):
+    """A remote server has no room, or has given this key its share; it was asked repeatedly."""
+
+    def __init__(self, model: str, url: str, reason: str, retry_after_s: float) -> None:
+        self.model, self.url, self.reason = model, url, reason
+        self.waiting, self.retry_after_s = 0, retry_after_s
+        EngineError.__init__(
+            self,
+            f"Model {model!r}: the server {url} {reason}",
+            remedy=f"Try again in {retry_after_s:.1f} s",
+        )
+
+
+class ServerDown(EngineBusy):
+    """A remote server failed again and again; for a while it is not asked at all."""
+
+    def __init__(self, model: str, url: str, failures: int, retry_after_s: float) -> None:
+        self.model, self.url, self.failures = model, url, failures
+        self.waiting, self.retry_after_s = 0, retry_after_s
+        EngineError.__init__(
+            self,
+            f"Model {model!r}: the server {url} failed {failures} times in a row and is left alone",
+            remedy=f"Look after the server; it is asked again in {retry_after_s:.1f} s",
+        )
+
+
+class RemoteError(EngineFailed):
+    """A remote server did not give a whole answer. ``status`` is that of HTTP, where it gave one."""
+
+    def __init__(
+        self, model: str, url: str, reason: str, *, status: int | None = None, remedy: str = ""
+    ) -> None:
+        self.model, self.url, self.reason, self.status = model, url, reason, status
+        EngineError.__init__(self, f"Model {model!r}: the server {url} {reason}", remedy=remedy)
+
+
+class RemoteUnreachable(RemoteError):
+    """No connection, or none that lasted until an answer began."""
+
+
+class RemoteRefused(RemoteError):
+    """The server said no; the same request will be refused again."""
+
+
+class RemoteBroken(RemoteError):
+    """What the server sent is no answer, or ends in the middle of one. Text that was delivered
+    before is what the model wrote, but not all of it."""
+
+
+class GrammarIgnored(RemoteError):
+    """The answer is not what the grammar allows: the server does not bind answers by it."""
+
+
 class InvalidGrammar(EngineError):
     """A JSON schema, expression or grammar that cannot be followed token by token."""
 
@@ -318,6 +380,17 @@ class NoHead(EngineError):
         super().__init__(
             f"Model {model!r} has no classification head",
             remedy="Name a model that was trained to classify, or embed and compare",
+        )
+
+
+class WeightsUnsupported(EngineError):
+    """The weights cannot be kept as asked for; nothing was loaded in another form instead."""
+
+    def __init__(self, model: str, weights: str, reason: str) -> None:
+        self.model, self.weights, self.reason = model, weights, reason
+        super().__init__(
+            f"Model {model!r} cannot have its weights in {weights}: {reason}",
+            remedy='Set another `weights` for it in system.toml; "plain" always works',
         )
 
 
@@ -411,6 +484,18 @@ class RuleLimitExceeded(RulesError):
             f"Rules {name!r} had not come to rest after {limit} firings; "
             f"the last were {', '.join(self.last_rules)}",
             remedy="Look for a rule that makes itself true again, or raise the limit",
+        )
+
+
+class RuleTimeout(RulesError):
+    """The rules were still at work when their time was over; they were stopped."""
+
+    def __init__(self, name: str, timeout_s: float) -> None:
+        self.name, self.timeout_s = name, timeout_s
+        super().__init__(
+            f"Rules {name!r} had not come to rest after {timeout_s:g} s and were stopped",
+            remedy="Look for a loop without an end or conditions that match everything with "
+            "everything, or give them more time",
         )
 
 

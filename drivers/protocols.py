@@ -89,11 +89,14 @@ class Footprint:
     """KV blocks; 0 for an encoder."""
     workspace_bytes: int = 0
     """Activations and scratch at the largest step."""
+    adapters_bytes: int = 0
+    """Places for adapters, whether or not they are taken."""
 
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.weights_bytes + self.kv_bytes + self.workspace_bytes
+        known = self.weights_bytes + self.kv_bytes + self.workspace_bytes
+        return known + self.adapters_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,7 @@ class EngineOptions:
     kv_tokens: int = 8192
     """Tokens of KV cache, all requests together (causal)."""
     max_batch_tokens: int = 512
-    """Tokens in one step, prefill and decode together (causal)."""
+    """Tokens in one step: prefill and decode together, or padding included (encoder)."""
     max_batch_texts: int = 64
     """Texts in one forward pass (encoder)."""
     max_waiting: int = 1024
@@ -124,8 +127,6 @@ class EngineOptions:
     read whole, alone, as most simple servers do; for benchmarks."""
     share_prefixes: bool = True
     """Whether jobs of one tenant find each other's KV blocks of equal beginnings (causal)."""
-    draft_tokens: int = 0
-    """Tokens guessed from the prompt and checked together in one step (causal); 0: none."""
     max_adapters: int = 0
     """Adapters that may be resident beside each other (causal); 0: none."""
     max_adapter_rank: int = 16
@@ -142,6 +143,9 @@ class RemoteOptions:
     """Up to and with ``/v1``."""
     model: str
     """What the server calls the model."""
+    server: Literal["openai", "vllm", "sglang", "llama.cpp", "ollama", "transformers"] = "openai"
+    """Which one it is. Servers ignore what they do not know, so only its name tells what a
+    request may ask for; ``openai``: any, with no more than the API itself has."""
     api_key: str = field(default="", repr=False)
     max_concurrent: int = 32
     """Requests at a time; more wait here."""
@@ -242,10 +246,14 @@ class GenerationJob:
     tenant: str = ""
     agent: str = ""
     """Who asks; the queue's policy and the memory of prefixes go by it."""
+    turn: str = ""
+    """In which turn; its requests are one piece of work to policies that learn from history."""
     adapter: str = ""
     """An adapter that is resident in the engine; empty: the model as it is."""
     tools: tuple[ToolSpec, ...] = ()
     """Told to the chat template; with a string as prompt there must be none."""
+    tool_choice: Literal["auto", "required"] = "auto"
+    """``required``: the answer is a call of one of the tools, bound by their schemas."""
     priority: int = 0
     """Higher goes first, where the policy knows priorities."""
     deadline_s: float | None = None
@@ -289,7 +297,11 @@ class GenerationChunk:
     cached_tokens: int = 0
     """On the last chunk: tokens of the prompt that were found in the cache."""
     logprobs: tuple[TokenLogprob, ...] = ()
-    """Of the tokens of this chunk's text, where asked for."""
+    """One for each of ``tokens``, where asked for."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """On the last chunk: the calls that the answer holds. Their text is in no chunk."""
+    adapter_digest: str = ""
+    """Of the version of the adapter that answers; empty: none does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,6 +348,8 @@ class QueuedRequest:
     """``time.monotonic`` of the engine's machine, as all times here."""
     new_tokens: int = 0
     """Already generated: it ran before and was put back."""
+    turn: str = ""
+    """The agent's turn that asks; empty: not known."""
 
 
 class QueuePolicy(Protocol):
@@ -729,12 +743,15 @@ class RuleBase(Protocol):
         """Names of the rules, in file order."""
         ...
 
-    def evaluate(self, facts: Sequence[Fact], *, max_firings: int = 1000) -> RuleOutcome:
+    def evaluate(
+        self, facts: Sequence[Fact], *, max_firings: int = 1000, timeout_s: float = 10.0
+    ) -> RuleOutcome:
         """Assert the facts and fire rules until none is left. Thread-safe.
 
         Raises:
             UnknownTemplate: a fact that the file does not declare.
             RuleLimitExceeded: still firing at ``max_firings``.
+            RuleTimeout: still at work after ``timeout_s`` seconds.
         """
         ...
 

@@ -28,6 +28,7 @@ TABLE: dict[tuple[str, str], Entry] = {
     ("engine", "echo"): Entry("llmos.drivers.engines.echo:EchoEngine"),
     ("engine", "encoder"): Entry("llmos.drivers.engines.encoder:TransformersEncoderEngine"),
     ("engine", "hash"): Entry("llmos.drivers.engines.hashing:HashEncoder"),
+    ("engine", "remote"): Entry("llmos.drivers.engines.remote:RemoteEngine"),
     ("graph", "memory"): Entry("llmos.drivers.graphs.memory:MemoryGraph"),
     ("graph", "networkx"): Entry("llmos.drivers.graphs.networkx_graph:NetworkxGraph"),
     ("rules", "clips"): Entry(

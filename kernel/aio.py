@@ -392,6 +392,48 @@ class AsyncKernel:
         """
         return str((await call(self._handle.kill.remote(agent), "the kernel", 60.0))["agent"])
 
+    # -- adapters
+
+    async def load_adapter(
+        self,
+        name: str,
+        model: str,
+        path: Path | str,
+        *,
+        tenant: str | None = None,
+        sensitivity: str = "internal",
+    ) -> dict[str, Any]:
+        """Add an adapter while the system runs, or replace it by a new version.
+
+        Args:
+            name: What agents call it.
+            model: The causal model that it changes.
+            path: Folder as peft saves it, on the machine of the model's device; a relative one
+                begins at the system file, as in it.
+            tenant: Whose it is; without one, every tenant may be given it.
+            sensitivity: Of the data that it was trained on; its answers carry it.
+
+        Raises:
+            AdapterUnusable, AdaptersFull: nothing has changed.
+        """
+        arguments = (name, model, str(path), tenant, sensitivity)
+        loading = self._handle.load_adapter.remote(*arguments)
+        row: dict[str, Any] = await call(loading, "the kernel", BOOT_S)
+        return row
+
+    async def unload_adapter(self, name: str) -> None:
+        """Refuse new requests for an adapter at once; those that run go on with it.
+
+        Raises:
+            UnknownAdapter
+        """
+        await call(self._handle.unload_adapter.remote(name), "the kernel", BOOT_S)
+
+    async def adapters(self) -> list[dict[str, Any]]:
+        """All adapters: name, model, tenant, path, state, bytes, error."""
+        found: list[dict[str, Any]] = await self._call("adapters", timeout_s=BOOT_S)
+        return found
+
     # -- looking
 
     async def ps(self) -> list[dict[str, Any]]:

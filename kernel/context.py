@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -10,13 +11,16 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from llmos.syscalls import clock, exits, graph, messages, timers, topics
 from llmos.syscalls.base import Request, Response
+from llmos.syscalls.classify import Classified, Classify
 from llmos.syscalls.effects import Call, CallResult
 from llmos.syscalls.embed import Embed, Embedded
-from llmos.syscalls.generate import ChatMessage, Generate, Generated
+from llmos.syscalls.errors import InvalidRequest
+from llmos.syscalls.generate import AnswerGrammar, ChatMessage, Generate, Generated
 from llmos.syscalls.labels import Labels
 from llmos.syscalls.messages import Message, Wire
 from llmos.syscalls.retrieve import Retrieve, Retrieved
 from llmos.syscalls.rules import Evaluate, Fact, Verdict
+from llmos.syscalls.schemas import ModelT, ToolLike, answer_schema, describe_all
 from llmos.syscalls.show import Show
 from llmos.syscalls.state import ReadState, StateSnapshot
 
@@ -65,8 +69,17 @@ class Dispatcher(Protocol):
         ...
 
 
+def _choices(choices: Sequence[str]) -> str:
+    if isinstance(choices, str):  # Each of its characters would be a choice.
+        raise InvalidRequest("generate", "choices", "they are a list of texts, not one text")
+    return json.dumps(list(choices), ensure_ascii=False)
+
+
 _IDS = uuid.UUID("5f3c1b0e-6a34-5d0c-9d2b-0f5b8f6c7a11")
 """Namespace of the ids that :meth:`Context.uuid` makes."""
+
+
+_LOG = logging.getLogger("llmos.agent")
 
 
 class Context:
@@ -79,7 +92,7 @@ class Context:
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
         self._ids = 0
-        self.log = logging.getLogger("llmos.agent")
+        self.log = _LOG
         """Structured log; its records carry this agent and turn."""
 
     @property
@@ -113,29 +126,121 @@ class Context:
 
     # -- models
 
+    @overload
     async def generate(
         self,
         model: str,
         prompt: str | Sequence[ChatMessage],
         *,
+        schema: type[ModelT],
+        adapter: str = "",
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        deadline_s: float | None = None,
+    ) -> ModelT: ...
+
+    @overload
+    async def generate(
+        self,
+        model: str,
+        prompt: str | Sequence[ChatMessage],
+        *,
+        adapter: str = "",
         max_new_tokens: int = 128,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
         stop: Sequence[str] = (),
+        seed: int | None = None,
+        logprobs: int | None = None,
+        choices: Sequence[str] | None = None,
+        regex: str | None = None,
+        tools: Sequence[ToolLike] = (),
+        tool_choice: Literal["auto", "required"] = "auto",
         deadline_s: float | None = None,
-    ) -> Generated:
-        """Let a model write. Temperature 0 is greedy decoding."""
+    ) -> Generated: ...
+
+    async def generate(
+        self,
+        model: str,
+        prompt: str | Sequence[ChatMessage],
+        *,
+        schema: type[ModelT] | None = None,
+        adapter: str = "",
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        logprobs: int | None = None,
+        choices: Sequence[str] | None = None,
+        regex: str | None = None,
+        tools: Sequence[ToolLike] = (),
+        tool_choice: Literal["auto", "required"] = "auto",
+        deadline_s: float | None = None,
+    ) -> Generated | ModelT:
+        """Let a model write. Temperature 0 is greedy decoding.
+
+        Args:
+            model: Its name.
+            prompt: A string is one user message; else the conversation.
+            schema: A pydantic class: the answer is made to be JSON of it, and is returned as
+                an object of it. For its text, counts and provenance as well, use
+                ``call(Generate(…))`` and :meth:`Generated.parsed`.
+            adapter: LoRA weights that change how the model answers, by name.
+            max_new_tokens: 128 tokens, or 512 with ``schema``, if nothing is said.
+            temperature: Divides the scores of the tokens.
+            top_p: The likeliest tokens that together have this probability are kept.
+            top_k: So many of the likeliest tokens are kept; 0: all.
+            stop: The text ends before the first of these.
+            seed: Source of this answer's chance: the same again gives the same answer.
+            logprobs: 0 for those of the tokens written, n for the n likeliest as well.
+            choices: The answer is made to be one of these.
+            regex: The answer is made to match the whole of this expression.
+            tools: What the model may ask for: pydantic classes, functions with type hints, or
+                descriptions. Nothing is called; see ``Generated.tool_calls``.
+            tool_choice: ``required``: the answer is made to be a call of one of the tools.
+            deadline_s: Seconds; the turn's deadline counts in any case.
+
+        Raises:
+            AnswerCutOff: ``max_new_tokens`` were used up before the object was complete.
+            InvalidAnswer: the answer fits the schema, but not what the class checks besides.
+            InvalidGrammar: the schema or expression cannot bind an answer.
+            UnknownAdapter: the model has no such adapter, or not for this tenant.
+        """
+        grammars: list[AnswerGrammar] = []
+        if schema is not None:
+            grammars.append(AnswerGrammar(kind="json_schema", source=answer_schema(schema)))
+        if choices is not None:
+            grammars.append(AnswerGrammar(kind="choices", source=_choices(choices)))
+        if regex is not None:
+            grammars.append(AnswerGrammar(kind="regex", source=regex))
+        if len(grammars) > 1:
+            reason = f"a {grammars[0].kind} binds the answer already"
+            raise InvalidRequest("generate", grammars[1].kind, reason)
+        if max_new_tokens is None:
+            max_new_tokens = 128 if schema is None else 512
         request = Generate(
             model=model,
             prompt=prompt if isinstance(prompt, str) else tuple(prompt),
+            adapter=adapter,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
             stop=tuple(stop),
+            seed=seed,
+            logprobs=logprobs,
+            grammar=grammars[0] if grammars else None,
+            tools=describe_all(tools),
+            tool_choice=tool_choice,
         )
-        return await self.call(request, deadline_s)
+        written = await self.call(request, deadline_s)
+        return written if schema is None else written.parsed(schema)
 
     async def stream(
         self, request: Generate, *, deadline_s: float | None = None
@@ -151,6 +256,13 @@ class Context:
     ) -> Embedded:
         """Texts into vectors of length 1."""
         return await self.call(Embed(model=model, texts=tuple(texts)), deadline_s)
+
+    async def classify(
+        self, model: str, texts: str | Sequence[str], *, deadline_s: float | None = None
+    ) -> Classified:
+        """One text or several into the classes that the model was trained for."""
+        several = (texts,) if isinstance(texts, str) else tuple(texts)
+        return await self.call(Classify(model=model, texts=several), deadline_s)
 
     # -- knowledge
 

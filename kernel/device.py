@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from llmos.drivers.errors import EngineBusy, EngineFailed, LlmosError
+from llmos.drivers.errors import EngineFailed, LlmosError, UnknownAdapter
 from llmos.drivers.protocols import (
     CausalEngine,
     DeviceDriver,
     DeviceInfo,
-    EncoderEngine,
     EngineOptions,
     GenerationChunk,
     GenerationJob,
@@ -30,13 +27,12 @@ from llmos.drivers.protocols import (
 )
 from llmos.drivers.registry import driver
 from llmos.kernel import logs
-from llmos.kernel.metrics import EMBED_BATCH, REQUESTS, TOKENS, Exported, export
+from llmos.kernel.encoding import Encoder
+from llmos.kernel.metrics import REQUESTS, TOKENS, Exported, export
 from llmos.kernel.remote import answers
+from llmos.kernel.scheduling import Meter, Scheduling
 
 log = logging.getLogger("llmos.device")
-
-MAX_WAITING_TEXTS = 20_000
-"""Texts that may wait for an encoder; more are answered EngineBusy."""
 
 
 @dataclass(slots=True)
@@ -49,86 +45,6 @@ class _Client:
     """Cancelled while they were still being handed to the engine."""
     outbox: deque[GenerationChunk] = field(default_factory=deque)
     news: asyncio.Event = field(default_factory=asyncio.Event)
-
-
-class _Encoder:
-    """An encoder slot: texts of all callers that wait go through the model together."""
-
-    def __init__(self, model: str, engine: EncoderEngine, batch: int) -> None:
-        self.engine = engine
-        self._model = model
-        self._batch = batch
-        self._waiting: deque[tuple[Sequence[str], asyncio.Future[Vectors]]] = deque()
-        self._texts = 0
-        self._wake = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, f"encoder-{model}")
-        self._task = asyncio.create_task(self._run())
-
-    async def embed(self, texts: Sequence[str]) -> Vectors:
-        if self._texts + len(texts) > MAX_WAITING_TEXTS:
-            raise EngineBusy(self._model, self._texts, 1.0)
-        future: asyncio.Future[Vectors] = asyncio.get_running_loop().create_future()
-        self._waiting.append((texts, future))
-        self._texts += len(texts)
-        self._wake.set()
-        return await future
-
-    async def _run(self) -> None:
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._wake.wait()
-            self._wake.clear()
-            while self._waiting:
-                group: list[tuple[Sequence[str], asyncio.Future[Vectors]]] = []
-                count = 0
-                # At least one caller, then more while they fit: a caller with many texts is
-                # not split here, the engine batches inside.
-                while self._waiting and (
-                    not group or count + len(self._waiting[0][0]) <= self._batch
-                ):
-                    texts, future = self._waiting.popleft()
-                    self._texts -= len(texts)
-                    if future.cancelled():
-                        continue
-                    group.append((texts, future))
-                    count += len(texts)
-                if not group:
-                    continue
-                flat = [t for texts, _ in group for t in texts]
-                EMBED_BATCH.labels(model=self._model).observe(len(flat))
-                try:
-                    vectors = await loop.run_in_executor(self._thread, self.engine.embed, flat)
-                except asyncio.CancelledError:
-                    self._fail(group, EngineFailed(self._model, "it was unloaded"))
-                    raise
-                except LlmosError as error:
-                    self._fail(group, error)
-                    continue
-                except Exception as error:
-                    log.exception("encoder %s", self._model)
-                    self._fail(group, EngineFailed(self._model, repr(error)))
-                    continue
-                at = 0
-                for texts, future in group:
-                    if not future.cancelled():
-                        # A copy: a view would send the whole batch to every caller.
-                        future.set_result(np.array(vectors[at : at + len(texts)]))
-                    at += len(texts)
-
-    @staticmethod
-    def _fail(
-        group: list[tuple[Sequence[str], asyncio.Future[Vectors]]], error: LlmosError
-    ) -> None:
-        for _, future in group:
-            if not future.cancelled():
-                future.set_exception(error)
-
-    async def close(self) -> None:
-        self._task.cancel()
-        self._fail(list(self._waiting), EngineFailed(self._model, "it was unloaded"))
-        self._waiting.clear()
-        await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.close)
-        self._thread.shutdown(wait=False)
 
 
 class DeviceServer:
@@ -148,8 +64,9 @@ class DeviceServer:
         logs.configure(Path(log_dir), name, log_level)
         self._device: DeviceDriver = driver("device", driver_name)(index, budget_bytes, threads)
         self._causal: dict[str, CausalEngine] = {}
-        self._encoders: dict[str, _Encoder] = {}
+        self._encoders: dict[str, Encoder] = {}
         self._clients: dict[str, _Client] = {}
+        self._meter = Meter()
         self._ended = asyncio.Event()
 
     async def ready(self) -> DeviceInfo:
@@ -167,7 +84,13 @@ class DeviceServer:
     # -- slots
 
     @answers
-    async def load(self, engine: str, kind: str, options: EngineOptions) -> int:
+    async def load(
+        self,
+        engine: str,
+        kind: str,
+        options: EngineOptions,
+        scheduling: Scheduling | None = None,
+    ) -> int:
         """Make a model resident; returns the bytes that the device now uses more.
 
         Raises:
@@ -189,9 +112,16 @@ class DeviceServer:
             log.exception("loading %s", options.model)
             raise EngineFailed(options.model, f"{type(error).__name__}: {error}") from error
         if kind == "causal":
+            if scheduling is not None:
+                self._meter.use(scheduling.quotas)
+                loaded.use_policy(scheduling.make_policy())
             self._causal[options.model] = loaded
         else:
-            self._encoders[options.model] = _Encoder(options.model, loaded, options.max_batch_texts)
+            self._encoders[options.model] = Encoder(
+                options.model, loaded, options.max_batch_texts, options.max_batch_tokens
+            )
+        if engine == "remote":
+            return 0  # What grew meanwhile belongs to others.
         return max(0, self._device.usage().used_bytes - before)
 
     @answers
@@ -203,6 +133,30 @@ class DeviceServer:
         encoder = self._encoders.pop(slot, None)
         if encoder is not None:
             await encoder.close()
+
+    @answers
+    async def load_adapter(self, slot: str, name: str, path: Path) -> int:
+        """Make an adapter resident beside a model; returns its bytes.
+
+        Raises:
+            EngineFailed, AdapterUnusable, AdaptersFull
+        """
+        engine = self._causal.get(slot)
+        if engine is None:
+            raise EngineFailed(slot, f"it is not resident on {self._name}")
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None, engine.load_adapter, name, path)
+
+    @answers
+    async def unload_adapter(self, slot: str, name: str) -> None:
+        """Drop an adapter when its last job has ended; new jobs are refused at once.
+
+        Raises:
+            UnknownAdapter
+        """
+        engine = self._causal.get(slot)
+        if engine is not None:
+            engine.unload_adapter(name)
 
     # -- generation
 
@@ -219,16 +173,26 @@ class DeviceServer:
                 results.append(EngineFailed(slot, f"it is not resident on {self._name}"))
                 continue
 
-            def deliver(chunk: GenerationChunk, slot: str = slot) -> None:
-                loop.call_soon_threadsafe(self._deliver, state, slot, chunk)
+            metered = f"{client}/{job.id}"
+            over = self._meter.enter(metered, job, time.monotonic())
+            if over is not None:
+                results.append(over)
+                continue
+
+            def deliver(chunk: GenerationChunk, slot: str = slot, metered: str = metered) -> None:
+                loop.call_soon_threadsafe(self._deliver, state, slot, metered, chunk)
 
             state.jobs[job.id] = slot
             try:
                 # In a thread: tokenizing a long prompt must not hold up everybody's chunks.
                 await loop.run_in_executor(None, engine.submit, job, deliver)
             except LlmosError as error:
+                self._meter.leave(metered)
                 state.jobs.pop(job.id, None)
                 state.cancelled.discard(job.id)
+                if isinstance(error, UnknownAdapter):
+                    # It has just gone. The engine's list has adapters of other tenants, too.
+                    error = UnknownAdapter(error.model, error.adapter, ())
                 results.append(error.with_traceback(None))
             else:
                 if job.id in state.cancelled or self._clients.get(client) is not state:
@@ -237,10 +201,13 @@ class DeviceServer:
                 results.append(None)
         return results
 
-    def _deliver(self, client: _Client, slot: str, chunk: GenerationChunk) -> None:
+    def _deliver(self, client: _Client, slot: str, metered: str, chunk: GenerationChunk) -> None:
+        if chunk.tokens or chunk.prompt_tokens:
+            self._meter.charge(metered, chunk.tokens + chunk.prompt_tokens, time.monotonic())
         if chunk.tokens:
             TOKENS.labels(model=slot, phase="decode").inc(chunk.tokens)
         if chunk.finish is not None:
+            self._meter.leave(metered)
             client.jobs.pop(chunk.job_id, None)
             client.cancelled.discard(chunk.job_id)
             TOKENS.labels(model=slot, phase="prefill").inc(chunk.prompt_tokens)
@@ -282,15 +249,25 @@ class DeviceServer:
                 if slot in self._causal:
                     self._causal[slot].cancel(job)
 
-    # -- embeddings
+    # -- embeddings and classes
 
     @answers
     async def embed(self, slot: str, texts: Sequence[str]) -> Vectors:
         """Embed texts. Shape (len(texts), dimension)."""
+        return await self._encoder(slot).embed(texts)
+
+    @answers
+    async def classify(self, slot: str, texts: Sequence[str]) -> tuple[tuple[str, ...], Vectors]:
+        """The labels of a model's head, and their probabilities for each text. Shape
+        (len(texts), len(labels))."""
+        encoder = self._encoder(slot)
+        return encoder.engine.labels, await encoder.classify(texts)
+
+    def _encoder(self, slot: str) -> Encoder:
         encoder = self._encoders.get(slot)
         if encoder is None:
             raise EngineFailed(slot, f"it is not resident on {self._name}")
-        return await encoder.embed(texts)
+        return encoder
 
     # -- looking
 

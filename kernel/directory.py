@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from llmos.drivers.errors import LlmosError
+from llmos.drivers.errors import LlmosError, UnknownAdapter
 from llmos.kernel.remote import Handle
 from llmos.syscalls.errors import UnknownResource
+from llmos.syscalls.labels import Labels
 
 _EMPTY: Mapping[str, Handle] = MappingProxyType({})
 
@@ -27,6 +28,19 @@ class SlotRoute:
 
 
 @dataclass(frozen=True, slots=True)
+class AdapterRoute:
+    """An adapter, and who may be answered by it."""
+
+    model: str
+    resident: str
+    """What the engine calls it."""
+    labels: Labels
+    """What its answers carry; with a tenant, it is not there for others."""
+    error: LlmosError | None = None
+    """Why it could not be loaded."""
+
+
+@dataclass(frozen=True, slots=True)
 class Directory:
     """One version of the whole directory. Handles of lost processes are left out."""
 
@@ -37,6 +51,7 @@ class Directory:
     devices: Mapping[str, Handle] = field(default_factory=lambda: dict(_EMPTY))
     """By the process's name: ``device:cpu:0``."""
     slots: Mapping[str, SlotRoute] = field(default_factory=dict)
+    adapters: Mapping[str, AdapterRoute] = field(default_factory=dict)
     hosts: Mapping[str, Handle] = field(default_factory=lambda: dict(_EMPTY))
     """By the process's name: ``host:0``."""
     shards: tuple[tuple[str, int], ...] = ()
@@ -96,3 +111,23 @@ class DirectoryHolder:
                 elif route.error is not None:
                     raise route.error
             await self.newer(directory.version)
+
+    async def adapter(self, tenant: str, model: str, name: str) -> AdapterRoute:
+        """An adapter that a tenant may use; waits while its model is being loaded.
+
+        Raises:
+            UnknownAdapter: there is none of that name for this model and tenant.
+            LlmosError: why it, or its model, could not be loaded.
+        """
+        await self.slot(model, "causal")
+        visible = {
+            n: route
+            for n, route in self.current.adapters.items()
+            if route.model == model and route.labels.tenants <= {tenant}
+        }
+        route = visible.get(name)
+        if route is None:
+            raise UnknownAdapter(model, name, visible)
+        if route.error is not None:
+            raise route.error
+        return route

@@ -15,13 +15,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import replace
-from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
-
-from prometheus_client import Histogram
 
 from llmos.drivers.errors import LlmosError, ToolUncertain
 from llmos.drivers.protocols import GenerationChunk
@@ -35,6 +32,7 @@ from llmos.kernel.manifest import Manifest
 from llmos.kernel.metrics import SYSCALLS
 from llmos.kernel.turnlog import TurnLog
 from llmos.syscalls import (  # the import registers the handlers
+    classify,
     clock,
     effects,
     embed,
@@ -73,6 +71,7 @@ if TYPE_CHECKING:
 ResponseT = TypeVar("ResponseT", bound=Response)
 
 FAMILIES: tuple[ModuleType, ...] = (
+    classify,
     clock,
     effects,
     embed,
@@ -88,6 +87,8 @@ FAMILIES: tuple[ModuleType, ...] = (
     topics,
 )
 """The syscall families that this kernel serves."""
+
+_TO_AGENTS = (Ask, Send)
 
 SETTLE = 8
 """Rounds of the event loop that a result is given to set off what it sets off: more than
@@ -130,9 +131,11 @@ class TurnDispatcher:
         self.provenance: dict[Provenance, None] = {}
         """Everything the turn rests on, in the order it was seen."""
         self.count = 0
-        self.stopped: asyncio.Future[LlmosError] = asyncio.get_running_loop().create_future()
-        """Set when the turn cannot go on, and why: it has left the way it took before, or
-        nobody knows whether an effect happened. Its handler then waits to be cancelled."""
+        self.stopped: LlmosError | None = None
+        """Why the turn cannot go on: it has left the way it took before, or nobody knows
+        whether an effect happened. Its handler then waits to be cancelled."""
+        self.on_stop: Callable[[], None] | None = None
+        """Called once when that is so."""
         self._ended = False
         self._chain = chain
         self._manifest = manifest
@@ -149,7 +152,8 @@ class TurnDispatcher:
         """Syscalls that have begun and not ended: request, start, arguments and their hash."""
         self._parallel = False
         """Whether two were ever under way at once: only then the order of results needs care."""
-        self._gate = asyncio.Lock()
+        self._gate: asyncio.Lock | None = None
+        """Where results wait for one another. Most turns need none."""
         self._message_id = message_id
         self._again = again
         """Whether an earlier run of the turn was cut off. Nothing need be recorded of it, yet
@@ -169,8 +173,9 @@ class TurnDispatcher:
         if recorded:
             self._replay = self._make_replay(recorded)
         self._places: dict[int, asyncio.Future[None]] = {}
-        self._went_live = asyncio.Event()
-        if self._replay is None or self._replay.live:
+        self._went_live = asyncio.Event() if self._replay is not None else None
+        """Set once all that is recorded was handed back."""
+        if self._went_live is not None and self._replay is not None and self._replay.live:
             self._went_live.set()
 
     @property
@@ -222,7 +227,7 @@ class TurnDispatcher:
             return await asyncio.shield(asking)
         except asyncio.CancelledError as cancelled:
             # A turn that will run again asks again, and must not find that it was cancelled.
-            if not (self._ended or self.stopped.done()):
+            if not (self._ended or self.stopped):
                 asking.cancel(*cancelled.args)
             raise
 
@@ -287,8 +292,10 @@ class TurnDispatcher:
 
         An error would not do: a handler may catch it and go on.
         """
-        if not self.stopped.done():
-            self.stopped.set_result(error)
+        if self.stopped is None:
+            self.stopped = error
+            if self.on_stop is not None:
+                self.on_stop()
         await asyncio.get_running_loop().create_future()
         return error  # Nobody sets that future: the handler is cancelled here.
 
@@ -344,6 +351,7 @@ class TurnDispatcher:
             until = self._clock.monotonic() + budget
             digest_of = await self._services.model_digest(request.model)
             self._digest = digest_of
+            adapter = await generate.adapter_labels(request, self._caller(seq), self._services)
             source = generate.stream(live, self._caller(seq), self._services)
             async with aclosing(source) as stream:  # type: ignore[type-var]
                 while True:
@@ -357,12 +365,13 @@ class TurnDispatcher:
                         break
                     if not chunks:
                         # Whoever has read a part has read the model, even if they leave now.
-                        self._see(generate.collect(request, self._caller(seq), [chunk], digest_of))
+                        caller = self._caller(seq)
+                        self._see(generate.collect(request, caller, [chunk], digest_of, adapter))
                     chunks.append(chunk)
                     fresh.append((chunk.text, chunk.tokens))
                     self._log.soon()
                     yield chunk
-            response = generate.collect(request, self._caller(seq), chunks, digest_of)
+            response = generate.collect(request, self._caller(seq), chunks, digest_of, adapter)
             finished = True
         except BaseException as error:
             last = piece()
@@ -457,6 +466,7 @@ class TurnDispatcher:
             return
         replay = self._replay
         if replay is not None and not replay.live:
+            assert self._went_live is not None
             if not recorded:
                 await self._went_live.wait()
             elif replay.next_seq() != seq:
@@ -469,12 +479,13 @@ class TurnDispatcher:
                 finally:
                     self._places.pop(seq, None)
         if self._parallel:
+            self._gate = self._gate or asyncio.Lock()
             async with self._gate:
                 for _ in range(SETTLE):
                     await asyncio.sleep(0)
         if replay is not None and recorded:
             replay.handed_back(seq)
-            if replay.live:
+            if replay.live and self._went_live is not None:
                 self._went_live.set()
             else:
                 following = self._places.get(replay.next_seq() or 0)
@@ -535,8 +546,8 @@ class TurnDispatcher:
         for seq, (request, *_) in list(self._open.items()):
             self._end(request, seq, error=GeneratorExit())
         self._ended = True
-        if self.stopped.done():
-            return self.stopped.result()
+        if self.stopped is not None:
+            return self.stopped
         if self._replay is not None and whole:
             try:
                 self._replay.finish()
@@ -571,7 +582,7 @@ class TurnDispatcher:
     def _in_time(self) -> None:
         """A task that a handler left behind makes no syscalls: its turn has been recorded.
         Nor does a handler that cleans up after it was stopped: it will run again."""
-        if self._ended or self.stopped.done():
+        if self._ended or self.stopped is not None:
             raise Cancelled(f"A syscall of {self.agent}", "the end of its turn")
 
     def _check(self, request: Request[Any]) -> None:
@@ -585,7 +596,7 @@ class TurnDispatcher:
         if isinstance(request, ReadState) and _tenant(request.agent) != _tenant(self.agent):
             # As with corpora: what belongs to another tenant is not there.
             raise UnknownAgent(request.agent)
-        if isinstance(request, Ask | Send):
+        if isinstance(request, _TO_AGENTS):
             tenant, receiver = _tenant(self.agent), _tenant(request.agent)
             reason = refusal(self.labels, tenant, receiver)
             if reason is not None:
@@ -608,12 +619,12 @@ class TurnDispatcher:
 
     def _caller(self, seq: int) -> Caller:
         return Caller(
-            agent=self.agent,
-            tenant=_tenant(self.agent),
-            turn=self.turn,
-            chain=self._chain,
-            labels=self.labels,
-            seq=seq,
+            self.agent,
+            _tenant(self.agent),
+            self.turn,
+            self._chain,
+            self.labels,
+            seq,
             again=self._again,
         )
 
@@ -636,8 +647,8 @@ class TurnDispatcher:
             return  # The turn is over, and this was recorded with it.
         _, started, args, digest = entry
         elapsed = self._clock.monotonic() - started
-        _observe(request.syscall, status_of(error), elapsed)
-        if self.stopped.done() and isinstance(error, asyncio.CancelledError | GeneratorExit):
+        SYSCALLS.labels(request.syscall, status_of(error)).observe(elapsed)
+        if self.stopped is not None and isinstance(error, asyncio.CancelledError | GeneratorExit):
             return  # It did not end: it was stopped with its turn, and will be made again.
         if error is None:
             assert response is not None
@@ -712,17 +723,6 @@ def idem_key(message_id: str, tool: str, args_hash: bytes, number: int) -> str:
     calls with the same ones the handling of the message has made."""
     text = f"{message_id}\n{tool}\n{args_hash.hex()}\n{number}"
     return hashlib.blake2b(text.encode("utf-8", "backslashreplace"), digest_size=16).hexdigest()
-
-
-@cache
-def _series(syscall: str, status: str) -> Histogram:
-    """Looking a series up takes as long as a syscall of the quickest kind."""
-    series: Histogram = SYSCALLS.labels(syscall=syscall, status=status)
-    return series
-
-
-def _observe(syscall: str, status: str, elapsed_s: float) -> None:
-    _series(syscall, status).observe(elapsed_s)
 
 
 def status_of(error: BaseException | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from llmos.drivers.devices.precision import Precision, resolve_precision
@@ -64,6 +65,7 @@ class Inventory:
         specs = []
         for name, table in self._system.models.items():
             size = 0
+            threads, place = table.threads, table.device
             if table.needs_files:
                 try:
                     files = store.get(table.source)
@@ -81,7 +83,24 @@ class Inventory:
                     kv_tokens=table.kv_tokens,
                     max_batch_tokens=table.max_batch_tokens,
                     max_batch_texts=table.max_batch_texts,
+                    max_adapters=table.max_adapters,
+                    max_adapter_rank=table.max_adapter_rank,
+                    weights=table.weights,
                 ).total_bytes
+            elif table.remote is not None:
+                try:
+                    table.remote.options(name, os.environ)
+                except LlmosError as error:
+                    self._model_errors[name] = error
+                    log.error("model %s: %s", name, error)
+                    continue
+                # Nobody but the server knows what weights it has.
+                self._digests[name] = f"remote:{table.remote.model}@{table.remote.url}"
+                if table.remote.tokenizer is not None:
+                    self._paths[name] = self._system.at(table.remote.tokenizer)
+                # It computes elsewhere: a CPU's process will do, and no GPU's is troubled.
+                cpus = [i.name for i in self._infos.values() if i.kind == "cpu"]
+                threads, place = 1, table.device or next(iter(cpus), None)
             else:
                 self._digests[name] = table.engine
             specs.append(
@@ -90,8 +109,8 @@ class Inventory:
                     kind=table.kind,
                     size_bytes=size,
                     pinned=name in embedders,
-                    threads=table.threads,
-                    device=table.device,
+                    threads=threads,
+                    device=place,
                 )
             )
         return specs

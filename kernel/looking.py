@@ -161,7 +161,7 @@ class Looking:
             "slots": [
                 {
                     "model": s.name,
-                    "source": self._system.models[s.name].source,
+                    "source": self._system.models[s.name].origin,
                     "state": s.state.value,
                     "device": s.device,
                     "threads": s.threads,

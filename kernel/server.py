@@ -82,6 +82,8 @@ class KernelServer(Inventory, Slots, Looking, NodeDrain):
         self._paths: dict[str, Path] = {}
         self._dtypes: dict[str, Precision] = {}
         self._model_errors: dict[str, LlmosError] = {}
+        self._adapters = self._declared_adapters()
+        self._adapters_lock = asyncio.Lock()
         self._manifests: dict[str, Manifest] = {}
         self._programs: dict[str, AgentTable] = {}
         self._launches: dict[str, LaunchRow] = {}

@@ -7,6 +7,7 @@ on the process that replaces a lost one; the dispatcher's deadline ends the tryi
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import logging
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -157,6 +158,9 @@ class RemoteServices:
     async def generate(self, model: str, job: GenerationJob) -> AsyncIterator[GenerationChunk]:
         """Run a job on whichever device has the model."""
         handle, route = await self._directory.slot(model, "causal")
+        if job.adapter:
+            adapter = await self._directory.adapter(job.tenant, model, job.adapter)
+            job = dataclasses.replace(job, adapter=adapter.resident)
         device = route.device or ""
         incarnation, link = self._links.get(device, (0, None))
         if link is None or incarnation != route.incarnation:
@@ -171,15 +175,26 @@ class RemoteServices:
 
     async def embed(self, model: str, texts: Sequence[str]) -> Vectors:
         """Embed on whichever device has the model."""
+        vectors: Vectors = await self._encode("embed", model, texts)
+        return vectors
+
+    async def classify(self, model: str, texts: Sequence[str]) -> tuple[tuple[str, ...], Vectors]:
+        """Classify on whichever device has the model."""
+        found: tuple[tuple[str, ...], Vectors] = await self._encode("classify", model, texts)
+        return found
+
+    async def _encode(self, method: str, model: str, texts: Sequence[str]) -> Any:
         while True:
             version = self._directory.current.version
             handle, _ = await self._directory.slot(model, "encoder")
             try:
-                vectors: Vectors = await call(handle.embed.remote(model, list(texts)), "embed")
+                return await call(getattr(handle, method).remote(model, list(texts)), method)
             except ProcessGone:
                 await self._directory.newer(version)
-            else:
-                return vectors
+
+    async def adapter(self, tenant: str, model: str, name: str) -> Labels:
+        """What answers by an adapter carry."""
+        return (await self._directory.adapter(tenant, model, name)).labels
 
     async def model_digest(self, model: str) -> str:
         """Digest of a model's files."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from pathlib import Path
 
 from llmos.drivers.devices.precision import Precision
 from llmos.drivers.errors import LlmosError
 from llmos.drivers.protocols import EngineOptions
+from llmos.kernel.adapters import Adapters
 from llmos.kernel.clock import Clock
 from llmos.kernel.core import actions as act
 from llmos.kernel.core import events as ev
@@ -23,7 +25,7 @@ from llmos.kernel.system import SystemConfig
 log = logging.getLogger("llmos.kernel")
 
 
-class Slots:
+class Slots(Adapters):
     """Mixed into the kernel actor."""
 
     _system: SystemConfig
@@ -53,14 +55,20 @@ class Slots:
             max_batch_tokens=table.max_batch_tokens,
             max_batch_texts=table.max_batch_texts,
             max_waiting=table.max_waiting,
+            max_adapters=table.max_adapters,
+            max_adapter_rank=table.max_adapter_rank,
+            weights=table.weights,
+            remote=table.remote.options(action.slot, os.environ) if table.remote else None,
         )
         handle = self._handles.get(f"device:{action.device}")
         if handle is None:
             return  # It died meanwhile; the core hears of that and decides again.
         try:
             measured = await call(
-                handle.load.remote(table.engine, table.kind, options), f"loading {action.slot}"
+                handle.load.remote(table.engine, table.kind, options, self._system.scheduling),
+                f"loading {action.slot}",
             )
+            await self._load_adapters(action.slot, handle)
         except ProcessGone:
             return
         except LlmosError as error:
@@ -125,6 +133,7 @@ class Slots:
                 n: h for n, h in self._handles.items() if self._kinds[n] is ProcessKind.DEVICE
             },
             slots=slots,
+            adapters=self._adapter_routes(),
             hosts={n: h for n, h in self._handles.items() if self._kinds[n] is ProcessKind.HOST},
             shards=self._core.shard_map(),
             leaving=frozenset(n for n, shard in enumerate(self._core.shards) if shard.to),

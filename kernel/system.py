@@ -24,6 +24,10 @@ from pydantic import (
 
 from llmos.drivers import registry
 from llmos.drivers.errors import LlmosError
+from llmos.drivers.protocols import RemoteOptions
+from llmos.kernel.core import policies
+from llmos.kernel.core.limits import Quota
+from llmos.kernel.scheduling import Scheduling
 from llmos.syscalls.labels import Labels, Sensitivity
 
 
@@ -99,34 +103,94 @@ class HostsTable(_Table):
     count: int = Field(default=1, ge=1, le=256)
 
 
+class RemoteTable(_Table):
+    """``[models.NAME.remote]``: the server that runs a model of the engine ``remote``."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^/@\s]+(/\S*)?$")]
+    """Up to and with ``/v1``."""
+    model: str = Field(min_length=1)
+    """What the server calls the model."""
+    server: Literal["openai", "vllm", "sglang", "llama.cpp", "ollama", "transformers"] = "openai"
+    """Which one it is; ``openai``: any other."""
+    api_key_env: str | None = Field(default=None, pattern=r"^\w+$")
+    """The environment variable that holds the key, so that it does not stand in the file."""
+    tokenizer: Path | None = None
+    """A folder with the model's tokenizer: exact counts, and streams that go on after a crash."""
+    max_concurrent: int = Field(default=32, ge=1, le=4096)
+    """Requests at a time."""
+    tokens_per_minute: int = Field(default=0, ge=0)
+    """Prompts and answers together; 0: no limit."""
+    context_tokens: int = Field(default=8192, ge=16)
+    """Longest prompt plus answer."""
+    connect_timeout_s: float = Field(default=5.0, gt=0, le=3600, allow_inf_nan=False)
+    first_token_timeout_s: float = Field(default=120.0, gt=0, le=3600, allow_inf_nan=False)
+    stall_timeout_s: float = Field(default=30.0, gt=0, le=3600, allow_inf_nan=False)
+    retries: int = Field(default=4, ge=0, le=20)
+    """Attempts after the first."""
+
+    def options(self, model: str, environment: Mapping[str, str]) -> RemoteOptions:
+        """For the engine of the model of that name.
+
+        Raises:
+            SystemFileError: the environment variable of the key is not set.
+        """
+        key = ""
+        if self.api_key_env is not None:
+            key = environment.get(self.api_key_env, "")
+            if not key:
+                raise SystemFileError(
+                    "system.toml",
+                    f"the environment variable {self.api_key_env} is not set",
+                    field=f"models.{model}.remote.api_key_env",
+                    remedy=f"Set {self.api_key_env} to the server's key before the boot",
+                )
+        fields = self.model_dump(exclude={"api_key_env", "tokenizer"})
+        return RemoteOptions(**fields, api_key=key)
+
+
 class ModelTable(_Table):
     """``[models.NAME]``: a model that the system can make resident."""
 
-    source: str
-    """A name of the catalogue or of the model store, or ``hf:``, ``pypi:``, ``path:``."""
-    engine: Literal["causal", "encoder", "echo", "hash"]
+    source: str = ""
+    """A name of the catalogue or of the model store, or ``hf:``, ``pypi:``, ``path:``. Required,
+    but for the remote engine, which has none."""
+    engine: Literal["causal", "encoder", "remote", "echo", "hash"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    weights: Literal["plain", "int8", "int4"] = "plain"
+    """How the weights of linear layers are kept; ``plain``: in ``dtype``."""
     kv_tokens: int = Field(default=16384, ge=16)
     """KV cache for all requests together (causal)."""
     max_batch_tokens: int = Field(default=512, ge=8)
-    """Tokens in one step (causal)."""
+    """Tokens in one step."""
     max_batch_texts: int = Field(default=64, ge=1)
     """Texts in one forward pass (encoder)."""
     max_waiting: int = Field(default=1024, ge=1)
     """Requests in the engine before it answers busy."""
+    max_adapters: int = Field(default=0, ge=0, le=4096)
+    """Adapters that may be resident beside each other; their memory is granted with the
+    model's (causal)."""
+    max_adapter_rank: int = Field(default=16, ge=1, le=512)
+    """Largest rank of one of them."""
     threads: int | None = Field(default=None, ge=1)
     """Thread quota; default: the kernel decides."""
     device: str | None = None
     """A device's name, e.g. ``cuda:0``; default: where there is room."""
+    remote: RemoteTable | None = None
+    """The server (remote)."""
+
+    @property
+    def origin(self) -> str:
+        """Where the model comes from, for people."""
+        return self.remote.url if self.remote else self.source
 
     @property
     def kind(self) -> Literal["causal", "encoder"]:
         """What it can do."""
-        return "causal" if self.engine in ("causal", "echo") else "encoder"
+        return "causal" if self.engine in ("causal", "remote", "echo") else "encoder"
 
     @property
     def needs_files(self) -> bool:
-        """Whether the engine loads weights (the built-in test engines do not)."""
+        """Whether the engine loads weights (the test engines and a remote one do not)."""
         return self.engine in ("causal", "encoder")
 
 
@@ -168,6 +232,13 @@ class CorpusTable(_Resource):
     driver: Annotated[str, _driver("vector")] = "faiss"
     max_chars: int = Field(default=900, ge=100, le=20_000)
     """Longest passage."""
+
+
+class AdapterTable(_Resource):
+    """``[adapters.NAME]``: LoRA weights on a causal model, a folder as peft saves it."""
+
+    model: str
+    """A causal model of this system with ``max_adapters`` above 0."""
 
 
 class GraphTable(_Resource):
@@ -243,6 +314,36 @@ class StoreTable(_Table):
 _POSTGRES = re.compile(r"postgres(ql)?://\S+$")
 
 
+def _policy(value: str) -> str:
+    if value not in policies.NAMES:
+        raise ValueError(f"no such policy; known: {', '.join(policies.NAMES)}")
+    return value
+
+
+class SchedulerTable(_Table):
+    """``[scheduler]``: who enters a model's batch next."""
+
+    policy: Annotated[str, AfterValidator(_policy)] = "fair"
+
+
+class TenantTable(_Table):
+    """``[tenants.NAME]``: a tenant's share and quotas. Tenants need not be listed."""
+
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    """Of its share, under the fair policies."""
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    """Prompts and answers together, on each device."""
+    concurrent_requests: int | None = Field(default=None, ge=1)
+    """To models, waiting or running, on each device."""
+
+    @property
+    def quota(self) -> Quota:
+        """As the core knows it."""
+        return Quota(
+            tokens_per_minute=self.tokens_per_minute, concurrent_requests=self.concurrent_requests
+        )
+
+
 class AgentTable(_Table):
     """``[[agents]]``: an agent to launch."""
 
@@ -262,6 +363,7 @@ class SystemConfig(_Table):
     devices: tuple[DeviceTable, ...] = ()
     hosts: HostsTable = HostsTable()
     models: dict[Name, ModelTable] = Field(default_factory=dict)
+    adapters: dict[Name, AdapterTable] = Field(default_factory=dict)
     corpora: dict[Name, CorpusTable] = Field(default_factory=dict)
     graphs: dict[Name, GraphTable] = Field(default_factory=dict)
     rules: dict[Name, RulesTable] = Field(default_factory=dict)
@@ -269,6 +371,8 @@ class SystemConfig(_Table):
     mailboxes: MailboxesTable = MailboxesTable()
     restarts: RestartsTable = RestartsTable()
     store: StoreTable = StoreTable()
+    scheduler: SchedulerTable = SchedulerTable()
+    tenants: dict[Name, TenantTable] = Field(default_factory=dict)
     agents: tuple[AgentTable, ...] = ()
     base: Path = Path()
     """Folder of the file; relative paths start here. Not written in the file."""
@@ -283,6 +387,31 @@ class SystemConfig(_Table):
                     ("corpora", name, "embedder"),
                     f"no encoder is called {corpus.embedder!r}; "
                     f"encoders here: {', '.join(encoders) or 'none'}",
+                )
+        for name, table in self.models.items():
+            if (table.engine == "remote") != (table.remote is not None):
+                reason = "is missing" if table.engine == "remote" else "only for the remote engine"
+                raise _at(("models", name, "remote"), reason)
+            if (table.engine == "remote") == bool(table.source):
+                reason = "a remote model has none" if table.source else "is missing"
+                raise _at(("models", name, "source"), reason)
+            if table.max_adapters and table.engine != "causal":
+                raise _at(("models", name, "max_adapters"), "only the causal engine has adapters")
+        counts: dict[str, int] = {}
+        for name, adapter in self.adapters.items():
+            base = self.models.get(adapter.model)
+            if base is None or not base.max_adapters:
+                able = [n for n, m in self.models.items() if m.max_adapters]
+                raise _at(
+                    ("adapters", name, "model"),
+                    f"no model with max_adapters above 0 is called {adapter.model!r}; "
+                    f"such models here: {', '.join(able) or 'none'}",
+                )
+            counts[adapter.model] = counts.get(adapter.model, 0) + 1
+            if counts[adapter.model] > base.max_adapters:
+                raise _at(
+                    ("models", adapter.model, "max_adapters"),
+                    f"{base.max_adapters}, and there are more adapters of it",
                 )
         url = self.store.url
         if self.store.driver == "postgres" and url is None:
@@ -302,6 +431,15 @@ class SystemConfig(_Table):
                     f"no device {table.device!r}; devices here: {', '.join(names)}",
                 )
         return self
+
+    @property
+    def scheduling(self) -> Scheduling:
+        """What the device processes are told."""
+        return Scheduling(
+            self.scheduler.policy,
+            {name: table.weight for name, table in self.tenants.items()},
+            {name: table.quota for name, table in self.tenants.items()},
+        )
 
     def at(self, path: Path) -> Path:
         """A path of the file, made absolute."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from llmos.syscalls.generate import ChatMessage as ChatMessage
     from llmos.syscalls.messages import Message as Message
     from llmos.syscalls.rules import Fact as Fact
+    from llmos.syscalls.schemas import ToolDescription as ToolDescription
+    from llmos.syscalls.schemas import ToolUse as ToolUse
 
 __version__ = "0.1.0"
 
@@ -47,6 +49,8 @@ _WHERE = {
     "Question": "llmos.agents.messages",
     "Settings": "llmos.kernel.settings",
     "SystemConfig": "llmos.kernel.system",
+    "ToolDescription": "llmos.syscalls.schemas",
+    "ToolUse": "llmos.syscalls.schemas",
     "migration": "llmos.agents.base",
     "on": "llmos.agents.base",
     "on_exit": "llmos.agents.base",

@@ -4,7 +4,7 @@
 0     done
 1     failed; the error's own words are on standard error
 2     wrong usage, or a system file or a setting that cannot be used
-3     no such kernel, agent, turn, dead letter, process or model
+3     no such kernel, agent, turn, dead letter, process, model or adapter
 4     refused: a capability, a label, no memory for it, or it would do harm
 5     busy: try again later
 124   a deadline passed
@@ -26,7 +26,13 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 
-from llmos.drivers.errors import EngineBusy, LlmosError, UnknownModel
+from llmos.drivers.errors import (
+    AdaptersFull,
+    EngineBusy,
+    LlmosError,
+    UnknownAdapter,
+    UnknownModel,
+)
 from llmos.kernel.core.errors import DoesNotFit, NoOtherHost, UnknownNode, UnknownProcess
 from llmos.kernel.settings import SettingsError
 from llmos.kernel.system import SystemFileError
@@ -49,8 +55,18 @@ class Terminated(KeyboardInterrupt):
 
 _CODES: tuple[tuple[type[LlmosError] | tuple[type[LlmosError], ...], int], ...] = (
     ((SystemFileError, SettingsError), USAGE),
-    ((UnknownAgent, UnknownModel, UnknownNode, UnknownProcess, UnknownResource), NOT_FOUND),
-    ((CapabilityDenied, LabelViolation, DoesNotFit, NoOtherHost), REFUSED),
+    (
+        (
+            UnknownAdapter,
+            UnknownAgent,
+            UnknownModel,
+            UnknownNode,
+            UnknownProcess,
+            UnknownResource,
+        ),
+        NOT_FOUND,
+    ),
+    ((AdaptersFull, CapabilityDenied, LabelViolation, DoesNotFit, NoOtherHost), REFUSED),
     ((Busy, EngineBusy), BUSY),
     (DeadlineExceeded, DEADLINE),
 )

@@ -18,7 +18,7 @@ from rich.text import Text
 from llmos.drivers.errors import LlmosError
 from llmos.kernel.settings import Settings
 from llmos.kernel.system import SystemConfig
-from llmos.shell import exits, models, operate, records, render, starting
+from llmos.shell import adapters, exits, models, operate, records, render, starting
 from llmos.shell.common import Address, AsJson, System, connected, print_json
 from llmos.syscalls.messages import Wire
 
@@ -33,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(models.app, name="models")
+app.add_typer(adapters.app, name="adapters")
 app.add_typer(records.audit_app, name="audit")
 app.add_typer(operate.dlq_app, name="dlq")
 app.add_typer(operate.effects_app, name="effects")

@@ -10,9 +10,12 @@ rules, graph and vector errors reach agents as they are::
         ├── DeadlineExceeded
         ├── Cancelled              the turn or its caller was cancelled
         ├── Busy                   a queue is at its bound, come back later
+        │   └── OverQuota          a tenant has used what it may use
         ├── UnknownResource        no such corpus, graph, rule base, model
         ├── EmptyCorpus
         ├── InvalidRequest         the request's fields do not fit
+        ├── InvalidAnswer          what a model wrote is not what was asked for
+        │   └── AnswerCutOff       its tokens were used up before the end
         ├── MessageError
         │   ├── UnknownAgent
         │   ├── UnhandledMessage   that program has no handler for that kind
@@ -85,6 +88,21 @@ class Busy(SyscallError):
         )
 
 
+class OverQuota(Busy):
+    """A tenant has used what its quota allows; nothing was taken."""
+
+    def __init__(
+        self, owner: str, limit: str, allowed: float, used: float, retry_after_s: float
+    ) -> None:
+        self.owner, self.limit, self.allowed, self.used = owner, limit, allowed, used
+        self.what, self.waiting, self.retry_after_s = owner, 0, retry_after_s
+        SyscallError.__init__(
+            self,
+            f"{owner}: {limit} is {allowed:g}, used are {used:g}",
+            remedy=f"Try again in {retry_after_s:.1f} s",
+        )
+
+
 class UnknownResource(SyscallError):
     """The system has no resource of that name (or not for this tenant)."""
 
@@ -111,6 +129,32 @@ class InvalidRequest(SyscallError):
     def __init__(self, syscall: str, field: str, reason: str) -> None:
         self.syscall, self.field, self.reason = syscall, field, reason
         super().__init__(f"{syscall}: {field}: {reason}")
+
+
+class InvalidAnswer(SyscallError):
+    """What a model wrote does not fit the class that was asked for."""
+
+    def __init__(
+        self, model: str, schema: str, reason: str, text: str, *, remedy: str = ""
+    ) -> None:
+        self.model, self.schema, self.reason, self.text = model, schema, reason, text[:2000]
+        super().__init__(
+            f"What {model!r} wrote is no {schema}: {reason}",
+            remedy=remedy or "Ask again, or check the text yourself: it is in the error",
+        )
+
+
+class AnswerCutOff(InvalidAnswer):
+    """The tokens were used up before the answer was complete."""
+
+    def __init__(self, model: str, schema: str, text: str) -> None:
+        super().__init__(
+            model,
+            schema,
+            f"it was cut off after {len(text)} characters",
+            text,
+            remedy="Raise max_new_tokens, or bound the lengths in the schema",
+        )
 
 
 class MessageError(SyscallError):

@@ -61,10 +61,11 @@ class Provenance(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     kind: str
-    """``document``, ``graph``, ``rules``, ``model``, ``agent``, ``tool``, ``person``,
-    ``clock``."""
+    """``document``, ``graph``, ``rules``, ``model``, ``adapter``, ``agent``, ``tool``,
+    ``person``, ``clock``."""
     source: str
-    """Its name there: a document's path, ``graph:node``, a rule base, a model, an agent."""
+    """Its name there: a document's path, ``graph:node``, a rule base, a model,
+    ``model+adapter``, an agent."""
     version: str = ""
     """Digest of that source when it was read; for an agent, the turn; for a tool, the call."""
     span: tuple[int, int] | None = None

@@ -110,6 +110,8 @@ def tables() -> Iterator[tuple[str, type[BaseModel]]]:
     yield "## `[[devices]]`", system.DeviceTable
     yield "## `[hosts]`", system.HostsTable
     yield "## `[models.NAME]`", system.ModelTable
+    yield "## `[models.NAME.remote]`", system.RemoteTable
+    yield "## `[adapters.NAME]`", system.AdapterTable
     yield "## `[corpora.NAME]`", system.CorpusTable
     yield "## `[graphs.NAME]`", system.GraphTable
     yield "## `[rules.NAME]`", system.RulesTable
@@ -117,6 +119,8 @@ def tables() -> Iterator[tuple[str, type[BaseModel]]]:
     yield "## `[mailboxes]`", system.MailboxesTable
     yield "## `[restarts]`", system.RestartsTable
     yield "## `[store]`", system.StoreTable
+    yield "## `[scheduler]`", system.SchedulerTable
+    yield "## `[tenants.NAME]`", system.TenantTable
     yield "## `[[agents]]`", system.AgentTable
 
 
@@ -242,6 +246,44 @@ def test_the_system_files_of_the_pages_are_valid(page: str) -> None:
     for code in files:
         config = SystemConfig.parse(code, page, ROOT)
         assert [a.program for a in config.agents] == ["librarian:Librarian"]
+
+
+@pytest.mark.models
+async def test_the_example_of_structured_output_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tests.agents.local import Local
+
+    models = Path(Settings().models_dir)
+    if not (models / "smollm2-135m-instruct").is_dir():
+        pytest.skip("SmolLM2 is not in the model store")
+    code, *_ = blocks("docs/how-to/structured-output.md", "python")
+    (tmp_path / "structured_clerk.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    system = """
+    [models.chat]
+    engine = "causal"
+    source = "smollm2-135m-instruct"
+
+    [tools.prices]
+    driver = "memory"
+
+    [[agents]]
+    program = "structured_clerk:Clerk"
+    tenant = "shop"
+    """
+    local = Local(SystemConfig.parse(system, "system.toml", tmp_path), models_dir=models)
+    try:
+        module = import_module("structured_clerk")
+        letter = module.Letter(text="Please send 12 red pens at once. Number: P-417")
+        read = await local.tell("shop/clerk/main", letter)
+        # A model this small may get the content wrong, but never the form.
+        assert 1 <= read.count <= 99
+        assert 0 < len(read.item) <= 40
+        assert re.fullmatch(r"[A-Z]-\d{3}", read.number)
+        assert read.price
+    finally:
+        local.close()
 
 
 def test_the_rules_of_the_tutorial_decide() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llmos.drivers.errors import EngineFailed
+from llmos.drivers.errors import EngineFailed, NoHead
 from llmos.drivers.protocols import EngineOptions, EngineStatistics, Vectors
 
 DIMENSION = 256
@@ -41,6 +41,15 @@ class HashEncoder:
     def max_tokens(self) -> int:
         """Words after these are not read."""
         return MAX_TOKENS
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """None: it has no head."""
+        return ()
+
+    def classify(self, texts: Sequence[str]) -> Vectors:
+        """Always raises NoHead."""
+        raise NoHead(self._options.model)
 
     def embed(self, texts: Sequence[str]) -> Vectors:
         """Embed texts; see the protocol."""

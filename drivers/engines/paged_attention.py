@@ -35,9 +35,11 @@ NAME = "llmos_paged"
 GROUP_LEAST = 3
 """Fewer decoding sequences of similar length than this attend one by one."""
 GROUP_TOKENS = 4096
-"""Keys of one group at most, padding included, so that the copy stays in the processor's cache."""
-_SLACK_TOKENS = 32
-"""A sequence this much shorter than its group's longest may always join it."""
+"""Keys of one group at most, padding included, so that the copy stays in the processor's cache:
+with 8192, 64 sequences took three times as long."""
+PADDING_TOKENS = 800
+"""Keys of padding for which a group of its own would cost as much: some ten calls per layer.
+Grouping by a quarter of the longest, whatever that is, took a tenth longer at 32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,18 +119,18 @@ def _rows(table: list[int], keys: int, page_tokens: int) -> torch.Tensor:
 
 
 def _similar(decoding: list[tuple[int, int]]) -> list[list[int]]:
-    """Groups of (keys, sequence) within a quarter of the longest, as indices of sequences."""
+    """Groups of (keys, sequence) with little padding, as indices of sequences."""
     found: list[list[int]] = []
-    longest = 0
+    longest = padding = 0
     for keys, i in sorted(decoding, key=lambda d: (-d[0], d[1])):
-        near = 4 * keys >= 3 * longest or keys + _SLACK_TOKENS >= longest
         # Two long ones at least may share a group, or none of them ever could.
         room = max(GROUP_TOKENS // longest, GROUP_LEAST) if longest else 0
-        if found and near and len(found[-1]) < room:
+        padding += longest - keys
+        if found and padding <= PADDING_TOKENS and len(found[-1]) < room:
             found[-1].append(i)
         else:
             found.append([i])
-            longest = keys
+            longest, padding = keys, 0
     return [sorted(members) for members in found if len(members) >= GROUP_LEAST]
 
 
@@ -155,32 +157,6 @@ def _group(
     return DecodeGroup(queries, count, longest, rows.flatten(), mask)
 
 
-def layered(allocator: Any) -> dict[int, tuple[torch.Tensor, torch.Tensor]]:
-    """The library's cache memory, seen as (layers, 2, rows, kv_heads, head_dim).
-
-    The same bytes in another order, so it must be done before the first step. Row
-    numbers that the library computes for writing then count within one layer.
-
-    Args:
-        allocator: its full-attention allocator.
-
-    Returns:
-        Keys and values by layer index, each of shape (kv_heads, rows, head_dim).
-    """
-    layers = len(allocator.layer_indices)
-    shape = (allocator.num_key_value_heads, allocator.head_dim)
-    flat = allocator.cache_tensor.view(-1)
-    rows = flat.numel() // (layers * 2 * shape[0] * shape[1])
-    size = layers * 2 * rows * shape[0] * shape[1]
-    view = flat[:size].view(layers, 2, shape[0], rows, shape[1])
-    by_layer = {layer: (view[i, 0], view[i, 1]) for i, layer in enumerate(allocator.layer_indices)}
-    allocator.block_physical_stride = allocator.tokens_per_page
-    allocator._kv_token_views = {
-        layer: (k.transpose(0, 1), v.transpose(0, 1)) for layer, (k, v) in by_layer.items()
-    }
-    return by_layer
-
-
 def paged_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -191,7 +167,7 @@ def paged_attention(
     scaling: float | None = None,
     llmos_plan: Plan | None = None,
     llmos_layers: Mapping[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
-    write_index: Sequence[torch.Tensor] = (),
+    llmos_rows: torch.Tensor | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Write the step's keys and values, then let each sequence attend to its own.
@@ -205,16 +181,16 @@ def paged_attention(
         scaling: factor of the scores.
         llmos_plan: this step's sequences.
         llmos_layers: keys and values of each layer.
-        write_index: cache row of each token.
+        llmos_rows: cache row of each token.
 
     Returns:
         Output of shape (1, tokens, heads, head_dim), and no weights.
     """
-    if llmos_plan is None or llmos_layers is None:
+    if llmos_plan is None or llmos_layers is None or llmos_rows is None:
         raise RuntimeError(f"{NAME} attention runs only inside the engine's own steps")
     keys, values = llmos_layers[int(module.layer_idx)]  # type: ignore[arg-type]
-    keys.index_copy_(1, write_index[0], key[0])
-    values.index_copy_(1, write_index[0], value[0])
+    keys.index_copy_(1, llmos_rows, key[0])
+    values.index_copy_(1, llmos_rows, value[0])
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     out = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     for group in llmos_plan.groups:
@@ -239,12 +215,14 @@ def _decode_group(
     asking = query[0] if group.queries is None else query[0].index_select(1, group.queries)
     # A token's heads that share keys become rows of one product: nothing is repeated.
     asking = asking.view(kv_heads, per_kv, group.count, dim).transpose(1, 2)
+    # Scaled here, where there is less of it than of scores.
+    asking = asking.reshape(batch, per_kv, dim) * scale
     k = keys.index_select(1, group.rows).view(batch, group.longest, dim)
-    v = values.index_select(1, group.rows).view(batch, group.longest, -1)
-    scores = torch.bmm(asking.reshape(batch, per_kv, dim), k.transpose(1, 2)).mul_(scale)
+    scores = torch.bmm(asking, k.transpose(1, 2))
     if group.mask is not None:
         # In place through a view, so that one mask serves all heads.
         scores.view(kv_heads, group.count, per_kv, -1).add_(group.mask.unsqueeze(1))
+    v = values.index_select(1, group.rows).view(batch, group.longest, -1)
     answer = torch.bmm(scores.softmax(-1), v).view(kv_heads, group.count, -1)
     answer = answer.transpose(0, 1).reshape(group.count, *out.shape[1:])
     if group.queries is None:

@@ -1,36 +1,32 @@
-"""The one place that touches the insides of transformers' continuous batching.
+"""A loaded causal model and its KV cache, advanced one step at a time.
 
-A :class:`Stepper` owns the model and one persistent manager. It is built in the
-caller's thread and from then on used only by the engine's generation thread, which
-calls :meth:`step` itself: the manager's own thread cannot be given a thread quota,
-delivers results through queues that nobody bounds, and ends cancelled requests
-without a word.
+Built in the caller's thread and from then on used only by the engine's generation
+thread. What is inside was let in with all the memory it may need. Each step, every
+decoding sequence writes one token, and prompts are read in the room that is left.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
-from transformers.generation.configuration_utils import ContinuousBatchingConfig
-from transformers.generation.continuous_batching.continuous_api import ContinuousBatchingManager
-from transformers.generation.continuous_batching.model_runner import ModelRunner
-from transformers.generation.continuous_batching.requests import RequestState, RequestStatus
+from transformers import AutoModelForCausalLM
 
 from llmos.drivers.engines import paged_attention
-from llmos.drivers.engines.blocks import BlockPool
+from llmos.drivers.engines.library_cache import LibraryCache
 from llmos.drivers.engines.loading import loading
+from llmos.drivers.engines.lora import AdapterBank
+from llmos.drivers.engines.own_cache import OwnCache
 from llmos.drivers.engines.packing import pack_linears
+from llmos.drivers.engines.quantize import quantize
 from llmos.drivers.engines.sampling import choose
-from llmos.drivers.protocols import EngineOptions, SamplingParams
+from llmos.drivers.engines.sequence import Sequence
+from llmos.drivers.protocols import EngineOptions
 
-PAGE_TOKENS = 16
-"""Tokens per KV block. Runs of blocks are read as one, so small costs nothing but waste less."""
 MAX_REQUESTS = 256
 """Sequences in one step at most; each needs a row of logits."""
 
@@ -52,43 +48,28 @@ def torch_dtype(options: EngineOptions) -> torch.dtype:
 class NewToken:
     """What one step gave one sequence."""
 
-    key: str
+    sequence: Sequence
     token: int
     ended: bool
-    """By end-of-sequence or length; its blocks are free already."""
-    started_s: float
-    """``time.perf_counter`` of the first step with this sequence in it."""
+    """By end-of-sequence or length; its memory is still to be freed by :meth:`Stepper.drop`."""
 
 
-class _Sink:
-    """Takes the library's own deliveries; results are read from the states instead."""
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one step did."""
 
-    def deliver(self, output: object) -> None:
-        pass
-
-    def deliver_batch(self, outputs: object) -> None:
-        pass
-
-
-class _Runner(ModelRunner):  # type: ignore[misc]
-    """Runs the model on the rows that get a token, and chooses it per row."""
-
-    rows: int = 0
-    sampled: Sequence[tuple[int, SamplingParams]] = ()
-    generator: torch.Generator | None = None
-
-    def _forward_process_and_sample(
-        self, model: Any, batch_data: dict[str, Any], carry: Any, previous: Any, output: Any
-    ) -> None:
-        logits = model(**batch_data).logits
-        if "logits_to_keep" not in batch_data:
-            logits = logits[:, batch_data["logits_indices"]]
-        if self.rows:
-            output[0, : self.rows].copy_(choose(logits[0], self.sampled, self.generator))
+    new: list[NewToken]
+    parts: list[tuple[Sequence, int]]
+    """Whose tokens were read, and how many."""
+    decoding: int
+    """Sequences that read the token they had written before."""
+    context: int
+    """Tokens in the cache of those, together."""
+    seconds: float
 
 
 class Stepper:
-    """A loaded model and its KV cache, advanced one step at a time."""
+    """The model, its cache and the sequences inside."""
 
     def __init__(self, options: EngineOptions) -> None:
         self.dtype = torch_dtype(options)
@@ -106,56 +87,32 @@ class Stepper:
         config = self.model.config.get_text_config()
         self.context_tokens = int(getattr(config, "max_position_embeddings", 0) or 2048)
         self.vocabulary = int(config.vocab_size)
-        blocks = max(1, options.kv_tokens // PAGE_TOKENS)
+        self._max_batch_tokens = options.max_batch_tokens
+        self._chunked = options.chunked_prefill
         self.max_requests = min(MAX_REQUESTS, options.max_batch_tokens)
-        cuda = self.device.type == "cuda"
-        manager = ContinuousBatchingManager(
-            model=self.model,
-            generation_config=GenerationConfig(do_sample=False, max_new_tokens=1, eos_token_id=-1),
-            continuous_batching_config=ContinuousBatchingConfig(
-                page_size=PAGE_TOKENS,
-                num_blocks=blocks,
-                max_batch_tokens=options.max_batch_tokens,
-                max_requests_per_batch=self.max_requests,
-                # The ledger has granted the memory; the library is not to judge it again.
-                max_memory_percent=1.0,
-                max_blocks_per_request=0,
-                # Blocks are found again by their tokens alone, so they would cross tenants.
-                allow_block_sharing=False,
-                # The next tokens are chosen by Python per row, which a graph cannot replay,
-                # and cancelling within a step needs the step to be over when its results come.
-                use_async_batching=False,
-                use_cuda_graph=False,
-                safety_margin=0.0,
-                auto_switch_to_flash=cuda and find_spec("flash_attn") is not None,
-            ),
-        )
-        self._manager = manager
-        own = self._own_attention(config)
-        if own:
+        self.bank: AdapterBank | None = None
+        if options.max_adapters:
+            # Before packing, which then packs what the bank has wrapped.
+            self.bank = AdapterBank(self.model, options.max_adapters, options.max_adapter_rank)
+        # As packing does, it takes the layers that the bank has wrapped.
+        quantize(self.model, options.weights, options.model)
+        self.cache: OwnCache | LibraryCache
+        if self._own_attention(config):
             # Only here: models with other kinds of layers may read their linear weights directly.
             pack_linears(self.model)
             self.model.set_attn_implementation(paged_attention.NAME)
-        with torch.inference_mode():
-            self._processor: Any = manager._create_batch_processor()
-        processor = self._processor
-        processor.output_router = _Sink()
-        runner = _Runner(
-            logit_processor=processor.logit_processor,
-            cb_config=processor.cb_config,
-            inputs_and_outputs=processor.inputs_and_outputs,
-            cache=processor.cache,
-            do_sample=False,
-            return_logprobs=False,
-        )
-        runner.generator = torch.Generator(self.device)
-        runner.generator.seed()
-        processor.model_runner = self._runner = runner
-        self._allocators = list(processor.cache.cache_allocators.values())
-        self._layers: Any = None
-        if own:
-            self._layers = paged_attention.layered(self._allocators[0])
-        self._claim_blocks()
+            self.cache = OwnCache(config, self.dtype, options.kv_tokens, options.share_prefixes)
+        else:
+            self.cache = LibraryCache(
+                self.model,
+                options.kv_tokens,
+                options.max_batch_tokens,
+                self.max_requests,
+                options.share_prefixes,
+            )
+        self._keeps_logits = bool(self.model._supports_logits_to_keep())
+        self.inside: dict[str, Sequence] = {}
+        """By key, in the order they were let in."""
 
     def _own_attention(self, config: Any) -> bool:
         """Whether our CPU attention computes what this model means by attention."""
@@ -166,113 +123,123 @@ class Stepper:
         plain = kinds == {"full_attention"} and not (softcap or window or sinks)
         return plain and self.device.type == "cpu"
 
-    def _claim_blocks(self) -> None:
-        """Take all blocks out of the library's hands: jobs get theirs whole, see blocks.py."""
-        self.pool: BlockPool | None = None
-        if len(self._allocators) != 1 or self._allocators[0].layer_type != "full_attention":
-            return
-        allocator, pool = self._allocators[0], self._processor.cache.pool
-        first = min(pool.free_sectors) * allocator.blocks_per_sector
-        count = len(pool.free_sectors) * allocator.blocks_per_sector
-        pool.free_sectors.clear()
-        self.pool = mine = BlockPool(first, count)
-
-        def free_blocks(request_id: str, no_cache: bool = False) -> None:
-            mine.give(allocator.block_table.pop(request_id, []))
-
-        allocator.free_blocks = free_blocks
-
-    # ------------------------------------------------------------ memory
+    # ------------------------------------------------------------ who is inside
 
     @property
     def kv_tokens(self) -> int:
         """Capacity of the cache."""
-        return int(self._processor.cache.num_blocks) * PAGE_TOKENS
+        return self.cache.kv_tokens
 
-    @property
-    def kv_tokens_used(self) -> int:
-        """Tokens of the blocks that jobs hold."""
-        if self.pool is not None:
-            return (self.pool.capacity - self.pool.free) * PAGE_TOKENS
-        return sum(
-            len(blocks) * a.tokens_per_page
-            for a in self._allocators
-            for blocks in list(a.block_table.values())
-        )
+    def admit(self, sequence: Sequence) -> bool:
+        """Let a sequence in with all the memory it may need; False: not enough is free.
+
+        One that was inside before reads its tokens again, the generated ones too.
+        """
+        if len(self.inside) >= self.max_requests or not self.cache.reserve(sequence):
+            return False
+        self.inside[sequence.key] = sequence
+        return True
+
+    def drop(self, sequence: Sequence, keep_until_s: float = 0.0) -> None:
+        """Take a sequence out between two steps and free its memory.
+
+        What it has read is remembered until then (``time.monotonic``), if there is room.
+        """
+        del self.inside[sequence.key]
+        self.cache.release(sequence, keep_until_s)
 
     # ------------------------------------------------------------ work
 
-    def admit(self, key: str, prompt: list[int], max_new_tokens: int, eos: list[int]) -> bool:
-        """Let a sequence in with all the memory it may need; False: not enough is free."""
-        scheduler = self._processor.scheduler
-        if len(scheduler.active_requests) + len(scheduler.waiting_requests) >= self.max_requests:
-            return False
-        if self.pool is not None:
-            # The last token is never fed back, so it needs no place.
-            tokens = len(prompt) + max_new_tokens - 1
-            blocks = self.pool.take(-(-tokens // PAGE_TOKENS))
-            if blocks is None:
-                return False
-            self._allocators[0].block_table[key] = blocks
-        scheduler.add_waiting_request(
-            RequestState(
-                request_id=key,
-                initial_tokens=prompt,
-                max_new_tokens=max_new_tokens,
-                eos_token_id=eos,
-            )
-        )
-        return True
-
-    def drop(self, key: str) -> None:
-        """Take a sequence out between two steps and free its blocks."""
-        scheduler = self._processor.scheduler
-        scheduler.set_request_cancellation(key)
-        scheduler.clear_cancelled_requests()
-
-    def step(self, params: dict[str, SamplingParams]) -> list[NewToken]:
-        """Advance everything inside by one step; ``params`` by key. Empty: nothing to do."""
-        processor = self._processor
+    def step(self) -> StepResult | None:
+        """Advance what is inside and not paused by one step; None: there is nothing."""
+        parts = self._compose(s for s in self.inside.values() if not s.paused)
+        if not parts:
+            return None
+        started, began = time.monotonic(), time.perf_counter()
+        decoding = [s for s, _ in parts if s.read + 1 == len(s.tokens) > s.prompt_tokens]
+        context = sum(len(s.tokens) for s in decoding)
+        writing: list[Sequence] = []
+        places: list[int] = []
+        at = -1
+        for sequence, new in parts:
+            at += new
+            if sequence.read + new == len(sequence.tokens):
+                writing.append(sequence)
+                places.append(at)
         with torch.inference_mode():
-            if not processor.prepare_next_batch():
-                return []
-            batch = processor.inputs_and_outputs.requests_in_batch
-            new = [f for f in batch if f.has_new_token]
-            self._runner.rows = len(new)
-            self._runner.sampled = [
-                (row, params[f.state.request_id])
-                for row, f in enumerate(new)
-                if params[f.state.request_id].temperature > 0
-            ]
-            data = processor.inputs_and_outputs.get_model_kwargs(use_padding=False)
-            data["logits_indices"] = data["logits_indices"][: len(new)]
-            if self._layers is not None:
-                tables = self._allocators[0].block_table
-                data["llmos_layers"] = self._layers
-                data["llmos_plan"] = paged_attention.Plan(
-                    [(f.state.position_offset - f.query_length, f.query_length) for f in batch],
-                    [tables[f.state.request_id] for f in batch],
-                    PAGE_TOKENS,
-                    self.dtype,
-                )
-            self._runner.compute_batch(self.model, data)
-            processor.inputs_and_outputs.retrieve_device_outputs()
-            processor.update_batch()
-        return [
-            NewToken(
-                f.state.request_id,
-                f.state.generated_tokens[-1],
-                f.state.status == RequestStatus.FINISHED,
-                f.state.lifespan[0],
-            )
-            for f in new
-        ]
+            tokens = self._forward(parts, writing, places)
+        for sequence, new in parts:
+            if not sequence.started_s:
+                sequence.started_s = started
+            sequence.read += new
+            self.cache.written(sequence)
+        for sequence, token in zip(writing, tokens, strict=True):
+            sequence.tokens.append(token)
+            sequence.row.took(token)
+        seconds = time.perf_counter() - began
+        news = [NewToken(s, t, s.ended) for s, t in zip(writing, tokens, strict=True)]
+        return StepResult(news, parts, len(decoding), context, seconds)
+
+    def _compose(self, sequences: Iterable[Sequence]) -> list[tuple[Sequence, int]]:
+        """Who takes part in a step, and with how many tokens: decoding ones first."""
+        room = self._max_batch_tokens
+        reads = self.cache.read_limit
+        ready: list[tuple[Sequence, int]] = []
+        prompts: list[Sequence] = []
+        for sequence in sequences:
+            if len(sequence.tokens) - sequence.read > 1:
+                prompts.append(sequence)
+            else:
+                ready.append((sequence, 1))
+        if prompts and not self._chunked:
+            # As far as the granted memory of one step goes.
+            first = prompts[0]
+            return [(first, min(len(first.tokens) - first.read, room))]
+        room -= len(ready)
+        for sequence in prompts:
+            if room <= 0:
+                break
+            new = min(len(sequence.tokens) - sequence.read, room)
+            ready.append((sequence, new))
+            room -= new
+        if reads is None:
+            return ready
+        # Shared blocks are read once by each, so all together may be more than the cache holds.
+        fitting: list[tuple[Sequence, int]] = []
+        for sequence, new in ready:
+            if sequence.read <= reads:
+                fitting.append((sequence, new))
+                reads -= sequence.read
+        return fitting
+
+    def _forward(
+        self, parts: list[tuple[Sequence, int]], writing: list[Sequence], places: list[int]
+    ) -> list[int]:
+        """Run the model on the next tokens and choose what ``writing`` write.
+
+        ``places``: the rows of the step's tokens whose logits choose.
+        """
+        arguments = self.cache.inputs(parts)
+        kept = torch.tensor(places, dtype=torch.long, device=self.device)
+        if self._keeps_logits:
+            arguments["logits_to_keep"] = kept
+        if self.bank is not None:
+            self.bank.set_step([(s.resident, new) for s, new in parts])
+        logits = self.model(**arguments).logits[0]
+        if self.bank is not None:
+            self.bank.clear_step()
+        if not writing:
+            return []
+        if not self._keeps_logits:
+            logits = logits[kept]
+        chosen: list[int] = choose(logits, [s.row for s in writing]).tolist()
+        return chosen
 
     def close(self) -> None:
         """Free the model and the cache."""
-        self._manager.destroy()
-        self._processor = self._runner = self._manager = self.model = self._layers = None  # type: ignore[assignment]
-        self._allocators = []
+        self.cache.close()
+        self.inside.clear()
+        self.model = self.bank = None
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()

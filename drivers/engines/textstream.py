@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _BROKEN = "\ufffd"
@@ -19,14 +19,31 @@ class StopFilter:
     then become the tokens that it wrote. So, but for the end of the answer, a piece (the
     text of tokens) is let out whole or held back whole; and blanks wait for what follows
     them, because tokenizers cut them by it: before a word, two line feeds are two tokens.
+
+    From a mark on, nothing is let out before the end: there a tool call may have begun.
     """
 
     MAX_BLANKS = 256
     """Characters after which blanks wait no longer: a model may write nothing else."""
 
-    def __init__(self, stops: Sequence[str], before: str = "") -> None:
-        """``before``: text that was let out already, in which a stop string may begin."""
-        self._stops = tuple(stops)
+    def __init__(
+        self,
+        stops: Sequence[str],
+        before: str = "",
+        *,
+        marks: Sequence[str] = (),
+        hold_all: bool = False,
+    ) -> None:
+        """Begin a text.
+
+        Args:
+            stops: Each ends the text before it.
+            before: Text that was let out already, in which a stop string may begin.
+            marks: What comes from the first of these on is held back to the end. They begin
+                after ``before``.
+            hold_all: Hold back everything.
+        """
+        self._stops, self._marks = tuple(stops), tuple(marks)
         self.stopped = False
         self.held_pieces = 0
         """Pieces pushed whose text is held back; those without text go with the next."""
@@ -34,6 +51,8 @@ class StopFilter:
         self._text = before[len(before) - min(len(before), longest - 1) :]
         """All in which a stop string may have begun: first what is out, then what is held."""
         self._out = len(self._text)
+        self._mark_at: int | None = self._out if hold_all else None
+        """Where in the text a mark has come."""
         self._ends: deque[tuple[int, int]] = deque()
         """Of each held piece: where in the text it ends, and it and those without text before."""
         self._empty = 0
@@ -58,16 +77,31 @@ class StopFilter:
             return self._let_out(whole, min(found)[1])
         self._ends.append((len(whole), self._empty + 1))
         self._empty = 0
-        open_at = len(whole) - max((self._tail(whole, s) for s in self._stops), default=0)
+        open_at = len(whole) - max(
+            (self._tail(whole, s) for s in (*self._stops, *self._marks)), default=0
+        )
+        if self._mark_at is None:
+            seen = [
+                at
+                for mark in self._marks
+                if (at := whole.find(mark, max(self._out, new - len(mark) + 1))) >= 0
+            ]
+            self._mark_at = min(seen, default=None)
+        if self._mark_at is not None:
+            open_at = min(open_at, self._mark_at)
         end = self._out
         for at, _ in self._ends:
-            if at <= open_at and not (whole[at - 1].isspace() and at - self._out < self.MAX_BLANKS):
+            if at > open_at:
+                break
+            if not (whole[at - 1].isspace() and at - self._out < self.MAX_BLANKS):
                 end = at
         while self._ends and self._ends[0][0] <= end:
             self.held_pieces -= self._ends.popleft()[1]
         out = whole[self._out : end]
         # What is out is kept while a stop string may have begun in it.
         kept = min(open_at, end)
+        if self._mark_at is not None:
+            self._mark_at -= kept
         self._text, self._out = whole[kept:], end - kept
         self._ends = deque((at - kept, pieces) for at, pieces in self._ends)
         return out
@@ -99,22 +133,33 @@ class Detokenizer:
     A token may hold half a character, and some decoders look at the token before
     (spaces, byte runs). So a window of tokens is decoded, beginning with those
     already shown, and what is new in it is let out once it ends in a whole
-    character. Special tokens give no text.
+    character. Special tokens give no text, but for those that are asked for.
     """
 
     MAX_PENDING = 16
     """Tokens without a whole character before the window is let out as it is:
     a model that emits rubbish bytes must not make every step dearer."""
 
-    def __init__(self, backend: Any, shown: Sequence[int] = ()) -> None:
-        """``shown``: the tokens of text that the answer was made to begin with."""
+    def __init__(
+        self, backend: Any, shown: Sequence[int] = (), controls: Mapping[int, str] | None = None
+    ) -> None:
+        """Begin an answer.
+
+        Args:
+            backend: Of the tokenizers library.
+            shown: The tokens of text that the answer was made to begin with.
+            controls: Special tokens that are part of the text, with their text.
+        """
         self._backend = backend
+        self._controls = controls or {}
         # As many as are decoded together later on; more would only take longer.
         self._shown = list(shown[-self.MAX_PENDING :])
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that is now certain."""
+        if token in self._controls:
+            return self.flush() + self._controls[token]
         self._pending.append(token)
         text = self._new_text()
         if text.endswith(_BROKEN) and len(self._pending) < self.MAX_PENDING:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from llmos.drivers.errors import ModelUnusable
 from llmos.drivers.models import checks
+from llmos.drivers.models.narrow import Weights, is_linear, layer_bytes, layer_form
 from llmos.drivers.protocols import Footprint
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -43,6 +44,9 @@ class _Shape:
     vocabulary: int
     positions: int
     tied: bool
+    model_type: str
+    classifies: bool
+    """Whether its own head gives classes, which an encoder loads."""
 
 
 def predict_footprint(
@@ -53,6 +57,9 @@ def predict_footprint(
     kv_tokens: int,
     max_batch_tokens: int,
     max_batch_texts: int,
+    weights: Weights = "plain",
+    max_adapters: int = 0,
+    max_adapter_rank: int = 16,
 ) -> Footprint:
     """Bytes for weights, KV cache and the largest step.
 
@@ -62,26 +69,35 @@ def predict_footprint(
         dtype: what it will be loaded in. ``auto`` depends on the device, which is not
             known here, and counts as float32: more than needed, never less.
         kv_tokens: tokens of KV cache, all requests together; causal only.
-        max_batch_tokens: tokens in one step; causal only.
+        max_batch_tokens: tokens in one step.
         max_batch_texts: texts in one forward pass; encoder only.
+        weights: how linear layers are kept.
+        max_adapters: LoRA adapters that may be resident; causal only.
+        max_adapter_rank: largest rank of one; each may change every linear layer.
 
     Raises:
         ModelUnusable: a file is missing, broken or does not name the sizes.
         UnsafeModel: pickled weights.
     """
     shape, size = _shape(path), _BYTES["float32" if dtype == "auto" else dtype]
-    weights = _weights_bytes(path, size, shape.tied and kind == "causal", kind)
+    weights_bytes = _weights_bytes(path, shape, size, kind, weights)
     if kind == "causal":
         per_token = 2 * shape.kv_heads * shape.head_dim * size
         return Footprint(
-            weights_bytes=weights,
+            weights_bytes=weights_bytes,
             kv_bytes=shape.layers * per_token * kv_tokens,
-            workspace_bytes=_causal_workspace(shape, size, kv_tokens, max_batch_tokens),
+            workspace_bytes=_causal_workspace(shape, size, kv_tokens, max_batch_tokens)
+            + _adapters_workspace(shape, size, max_batch_tokens, max_adapters),
+            adapters_bytes=_adapter_widths(path, shape) * max_adapters * max_adapter_rank * size
+            if max_adapters
+            else 0,
         )
-    texts_tokens = context_tokens(path)
+    # A text that is longer than a pass goes alone.
+    longest = context_tokens(path)
+    tokens = max(longest, min(max_batch_tokens, max_batch_texts * longest))
     return Footprint(
-        weights_bytes=weights,
-        workspace_bytes=_encoder_workspace(shape, size, texts_tokens, max_batch_texts),
+        weights_bytes=weights_bytes,
+        workspace_bytes=_encoder_workspace(shape, size, tokens, longest),
     )
 
 
@@ -135,6 +151,10 @@ def _shape(path: Path) -> _Shape:
         vocabulary=number("vocab_size"),
         positions=positions,
         tied=_tied(config, inner),
+        model_type=str(inner.get("model_type")),
+        classifies=any(
+            str(a).endswith("ForSequenceClassification") for a in config.get("architectures") or ()
+        ),
     )
 
 
@@ -147,7 +167,7 @@ def _tied(config: dict[str, Any], inner: dict[str, Any]) -> bool:
     return inner.get("model_type") in _TIED_UNLESS_TOLD if told is None else bool(told)
 
 
-def _weights_bytes(path: Path, size: int, tied: bool, kind: str) -> int:
+def _weights_bytes(path: Path, shape: _Shape, size: int, kind: str, weights: Weights) -> int:
     tensors: dict[str, Any] = {}
     for file in checks.weight_files(path.name, path):
         tensors |= checks.read_header(path.name, file)
@@ -155,20 +175,32 @@ def _weights_bytes(path: Path, size: int, tied: bool, kind: str) -> int:
         name.endswith(("embed_tokens.weight", "wte.weight", "word_embeddings.weight"))
         for name in tensors
     )
+    tied = shape.tied and kind == "causal" and has_embedding
     total = 0
     for name, tensor in tensors.items():
         head = name.endswith(("lm_head.weight", "embed_out.weight"))
         # A tied head is the embedding itself, even where a file holds it twice; an
-        # encoder loads the body alone, so heads of any kind stay on disk.
-        if name.endswith(_COMPUTED) or (head and tied and has_embedding):
+        # encoder loads the body and a head that classifies, so others stay on disk.
+        if name.endswith(_COMPUTED) or (head and tied):
             continue
-        if kind == "encoder" and (head or name.startswith(("cls.", "lm_head.", "classifier."))):
+        if kind == "encoder" and (head or name.startswith(("cls.", "lm_head."))):
             continue
-        stored = str(tensor["dtype"])
+        if kind == "encoder" and name.startswith("classifier.") and not shape.classifies:
+            continue
+        stored, sizes = str(tensor["dtype"]), tuple(int(n) for n in tensor["shape"])
         if stored not in _STORED:
             raise ModelUnusable(path.name, name, f"is stored as {stored}, which is not known here")
         each = size if stored in _CAST else _STORED[stored]
-        total += math.prod(int(n) for n in tensor["shape"]) * each
+        if stored in _CAST and is_linear(name, sizes, shape.model_type):
+            rows, columns = sizes
+            form = layer_form(weights, rows, columns, rows == shape.vocabulary)
+            total += layer_bytes(form, rows, columns, each)
+        else:
+            total += math.prod(sizes) * each
+    if tied and weights != "plain":
+        # The embedding stays as it is, and the output gets a narrow copy.
+        form = layer_form(weights, shape.vocabulary, shape.hidden, output=True)
+        total += layer_bytes(form, shape.vocabulary, shape.hidden, size)
     return total
 
 
@@ -194,11 +226,29 @@ def _causal_workspace(shape: _Shape, size: int, kv_tokens: int, step_tokens: int
     return stream + max(attention, mlp, logits)
 
 
-def _encoder_workspace(shape: _Shape, size: int, text_tokens: int, texts: int) -> int:
-    """The peak inside a layer for a batch of the longest texts."""
-    tokens = texts * text_tokens
+def _adapter_widths(path: Path, shape: _Shape) -> int:
+    """Inputs plus outputs of all linear layers that an adapter may change: not the output layer,
+    nor experts."""
+    total = 0
+    for file in checks.weight_files(path.name, path):
+        for name, tensor in checks.read_header(path.name, file).items():
+            sizes = tuple(int(n) for n in tensor["shape"])
+            output = name.endswith(("lm_head.weight", "embed_out.weight"))
+            if is_linear(name, sizes, shape.model_type) and not output and ".experts." not in name:
+                total += sum(sizes)
+    return total
+
+
+def _adapters_workspace(shape: _Shape, size: int, step_tokens: int, places: int) -> int:
+    """A step's tokens gathered by adapter, what is added to them, and both once more."""
+    rows = 3 * step_tokens + 2 * places  # With what fills up the shorter ones.
+    return 2 * rows * (shape.hidden + shape.intermediate) * size if places else 0
+
+
+def _encoder_workspace(shape: _Shape, size: int, tokens: int, longest: int) -> int:
+    """The peak inside a layer for a pass of so many tokens, padding included."""
     # The residual, the layer's input and its normed output; the mask where texts are padded.
-    stream = tokens * (3 * shape.hidden * size + text_tokens * size + _INDEX_BYTES)
+    stream = tokens * (3 * shape.hidden * size + longest * size + _INDEX_BYTES)
     attention = 4 * tokens * shape.hidden * size
     mlp = 2 * tokens * shape.intermediate * size
     pooled = tokens * shape.hidden * 4  # float32 for the mean

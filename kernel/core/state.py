@@ -615,7 +615,8 @@ class KernelCore:
         usable = max(1, device.threads - 1)
         if spec.kind == "encoder":
             return max(1, usable // 2)
-        causal = sum(1 for m in self.models.values() if m.kind == "causal")
+        # What has no bytes here computes elsewhere.
+        causal = sum(1 for m in self.models.values() if m.kind == "causal" and m.size_bytes)
         return max(1, usable // max(1, causal))
 
     def _load(self, slot: Slot, device: str, event: ev.Event) -> act.LoadSlot:

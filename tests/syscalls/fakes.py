@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmos.drivers.engines.hashing import HashEncoder
+from llmos.drivers.errors import UnknownAdapter
 from llmos.drivers.graphs.memory import MemoryGraph
 from llmos.drivers.protocols import (
     Edge,
@@ -51,6 +52,8 @@ class FakeServices:
         self.topics: dict[str, list[str]] = {}
         self.tools: dict[tuple[str, str], Tool] = {}
         """(tenant, name) → tool."""
+        self.adapters: dict[tuple[str, str], Labels] = {}
+        """(tenant, name) → labels."""
         self.reply: Callable[[Envelope], Reply] | None = None
         self.states: dict[str, dict[str, Any]] = {}
         self.slept: list[float] = []
@@ -73,8 +76,17 @@ class FakeServices:
 
         return np.asarray(HashEncoder(EngineOptions(model, Path())).embed(texts))
 
+    async def classify(self, model: str, texts: Sequence[str]) -> tuple[tuple[str, ...], Vectors]:
+        yes = [0.9 if "refund" in t else 0.25 for t in texts]
+        return ("other", "refund"), np.array([[1 - y, y] for y in yes], dtype=np.float32)
+
     async def model_digest(self, model: str) -> str:
         return f"digest-of-{model}"
+
+    async def adapter(self, tenant: str, model: str, name: str) -> Labels:
+        if (tenant, name) not in self.adapters:
+            raise UnknownAdapter(model, name, ())
+        return self.adapters[tenant, name]
 
     async def retrieve(
         self, tenant: str, corpus: str, query: str, k: int

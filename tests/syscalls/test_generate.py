@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -8,11 +9,20 @@ import pytest
 from pydantic import ValidationError
 
 from llmos.drivers.errors import EngineFailed, PromptTooLong
-from llmos.drivers.protocols import ChatTurn
+from llmos.drivers.protocols import ChatTurn, GenerationChunk, Grammar, TokenLogprob, ToolCall
+from llmos.kernel import record
 from llmos.syscalls.errors import ServiceUnavailable
-from llmos.syscalls.generate import ChatMessage, Generate, Generated, generate, stream
+from llmos.syscalls.generate import (
+    AnswerGrammar,
+    ChatMessage,
+    Generate,
+    Generated,
+    generate,
+    stream,
+)
 from llmos.syscalls.labels import Labels, Provenance
-from tests.syscalls.fakes import CALLER, SECRET, FakeServices, failing, words
+from llmos.syscalls.schemas import ToolDescription, ToolUse
+from tests.syscalls.fakes import CALLER, SECRET, FakeServices, Script, failing, words
 
 
 @pytest.fixture
@@ -103,9 +113,83 @@ async def test_other_errors_are_not_tried_again(services: FakeServices) -> None:
     assert len(services.jobs) == 1
 
 
+def script_of(**last: Any) -> Any:
+    """One word, and a last chunk with these fields."""
+
+    def script(job: Any) -> Script:
+        return [GenerationChunk(job.id, "one", 1, "stop", new_tokens=1, **last)]
+
+    return script
+
+
+async def test_seed_logprobs_and_grammar_reach_the_engine(services: FakeServices) -> None:
+    told = TokenLogprob("one", -0.5, (("one", -0.5), ("two", -1.5)))
+    services.scripts = [script_of(logprobs=(told,))]
+    grammar = AnswerGrammar(kind="regex", source="one|two")
+    made = await run(services, seed=0, logprobs=1, grammar=grammar)
+    job = services.jobs[0][1]
+    assert (job.params.seed, job.params.logprobs) == (0, 1)
+    assert job.params.grammar == Grammar("regex", "one|two")
+    assert (job.agent, job.turn) == (CALLER.agent, CALLER.turn)
+    (found,) = made.logprobs
+    assert (found.token, found.logprob) == ("one", -0.5)
+    assert found.likeliest == (("one", -0.5), ("two", -1.5))
+    assert Generated.model_validate_json(made.model_dump_json()) == made
+
+
+async def test_tools_reach_the_engine_and_calls_come_back(services: FakeServices) -> None:
+    services.scripts = [script_of(tool_calls=(ToolCall("f", '{"x": "ü"}', "1"),))]
+    talk = (
+        ChatMessage(role="user", content="u"),
+        ChatMessage(role="assistant", content="", tool_calls=(ToolUse(name="f", arguments={}),)),
+        ChatMessage(role="tool", content="r", tool_call_id="0"),
+    )
+    tool = ToolDescription(name="f", description="d")
+    made = await run(services, prompt=talk, tools=(tool,), tool_choice="required")
+    job = services.jobs[0][1]
+    assert job.prompt[1:] == (
+        ChatTurn("assistant", "", (ToolCall("f", "{}"),)),
+        ChatTurn("tool", "r", tool_call_id="0"),
+    )
+    assert [(t.name, t.description) for t in job.tools] == [("f", "d")]
+    assert json.loads(job.tools[0].parameters)["type"] == "object"
+    assert job.tool_choice == "required"
+    assert made.tool_calls == (ToolUse(name="f", arguments={"x": "ü"}, id="1"),)
+    assert Generated.model_validate_json(made.model_dump_json()) == made
+
+
+def test_requests_that_use_none_of_it_are_recorded_as_they_were_before() -> None:
+    talk = (ChatMessage(role="user", content="hi"),)
+    kept = json.loads(record.args_of(Generate(model="chat", prompt=talk)))
+    assert set(kept) == {
+        *("model", "prompt", "max_new_tokens", "temperature", "top_p", "top_k", "stop", "raw"),
+        *("ignore_eos", "prefix"),
+    }
+    assert kept["prompt"] == [{"role": "user", "content": "hi"}]
+    used = Generate(model="chat", prompt="hi", seed=0, logprobs=0)
+    assert {"seed", "logprobs"} <= set(json.loads(record.args_of(used)))
+
+
 @pytest.mark.parametrize(
     "fields",
     [
+        {"seed": -1},
+        {"seed": 2**63},
+        {"logprobs": -1},
+        {"logprobs": 21},
+        {"tool_choice": "required"},
+        {"tool_choice": "always"},
+        {"tools": ({"name": "no good"},)},
+        {"tools": ({"name": "f"}, {"name": "f"})},
+        {"tools": ({"name": "f"},), "raw": True},
+        {"stop": ("x",), "grammar": {"kind": "regex", "source": "a"}},
+        {"ignore_eos": True, "grammar": {"kind": "regex", "source": "a"}},
+        {
+            "tool_choice": "required",
+            "tools": ({"name": "f"},),
+            "grammar": {"kind": "regex", "source": "a"},
+        },
+        {"grammar": {"kind": "wizard", "source": "a"}},
         {"max_new_tokens": 0},
         {"temperature": -0.1},
         {"temperature": float("nan")},

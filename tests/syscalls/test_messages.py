@@ -264,5 +264,13 @@ def test_an_envelope_comes_back_from_the_store() -> None:
 
 
 def test_an_envelope_of_a_newer_version_is_refused() -> None:
-    with pytest.raises(InvalidMessage, match="version 2"):
-        Envelope.unpack("a/b/c", "s", 1, msgpack.packb((2, "anything")))
+    with pytest.raises(InvalidMessage, match="version 3"):
+        Envelope.unpack("a/b/c", "s", 1, msgpack.packb((3, "anything")))
+
+
+def test_an_envelope_of_the_version_before_can_be_read() -> None:
+    sent = Envelope("a/b/c", "client:1", Wire.of_json("K", {}), "client:1", 1, sent_at=5.0)
+    assert Envelope.unpack("a/b/c", "client:1", 1, sent.pack()).sent_at == 5.0
+    fields = msgpack.unpackb(sent.pack())
+    before = msgpack.packb([1, *fields[1:-1]])
+    assert Envelope.unpack("a/b/c", "client:1", 1, before) == sent._replace(again=True, sent_at=0.0)

@@ -7,7 +7,7 @@ import pickle
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -17,6 +17,7 @@ from llmos.drivers.protocols import (
     ChatTurn,
     GenerationChunk,
     GenerationJob,
+    QueuedRequest,
     SamplingParams,
 )
 
@@ -122,7 +123,9 @@ class CausalSuite:
         after = engine.statistics()
         assert after.finished == before.finished + 1
         assert after.new_tokens == before.new_tokens + last.new_tokens
-        assert after.prompt_tokens == before.prompt_tokens + last.prompt_tokens
+        read = after.prompt_tokens - before.prompt_tokens
+        assert read == last.prompt_tokens - last.cached_tokens
+        assert after.cached_prompt_tokens == before.cached_prompt_tokens + last.cached_tokens
 
     def test_length_is_honoured(self, engine):
         got = ask(engine, max_new_tokens=1)
@@ -389,3 +392,94 @@ class CausalSuite:
         assert (after.running, after.waiting, after.kv_tokens_used) == (0, 0, 0)
         assert after.failed == 3
         assert {t.name for t in threading.enumerate()} <= names
+
+
+class Backwards:
+    """A policy that lets in who came last. Public, as an example: no more is needed."""
+
+    def __init__(self) -> None:
+        self.waiting: list[str] = []
+        self.let_in: list[str] = []
+
+    def add(self, request: QueuedRequest, now_s: float) -> None:
+        self.waiting.append(request.key)
+
+    def remove(self, key: str, now_s: float) -> None:
+        self.waiting.remove(key)
+        self.let_in.append(key)
+
+    def first(self, now_s: float) -> str | None:
+        return self.waiting[-1] if self.waiting else None
+
+    def served(self, tenant: str, agent: str, read: int, written: int, now_s: float) -> None:
+        pass
+
+    def victim(self, running: Sequence[QueuedRequest], now_s: float) -> str | None:
+        return None
+
+
+class QueueSuite:
+    """What engines do that have a queue and steps of their own."""
+
+    def test_a_policy_decides_who_enters(self, make_engine):
+        engine = make_engine(kv_tokens=512)
+        try:
+            listeners = [Listener() for _ in range(5)]
+            ends = []
+
+            def end(name):
+                return lambda chunk: ends.append(name) if chunk.finish else None
+
+            engine.submit(job(max_new_tokens=400, ignore_eos=True), listeners[0])
+            assert listeners[0].first.wait(60)
+            for name in "abc":
+                params = SamplingParams(max_new_tokens=300, ignore_eos=True)
+                engine.submit(GenerationJob(name, QUESTION, params), end(name))
+            engine.use_policy(Backwards())
+            assert settle(lambda: len(ends) == 3, 60)
+            assert ends == ["c", "b", "a"]
+        finally:
+            engine.close()
+
+    def test_a_paused_job_writes_nothing_until_it_is_resumed(self, engine):
+        params = {"max_new_tokens": 200, "ignore_eos": True}
+        whole = ask(engine, **params).text
+        held = Listener()
+        engine.submit(job(job_id="held", **params), held)
+        assert held.first.wait(60)
+        assert engine.pause("held")
+        assert engine.pause("held")
+        # The step that was under way is over when another job has come and gone.
+        ask(engine, max_new_tokens=2)
+        chunks = len(held.chunks)
+        ask(engine, max_new_tokens=8, ignore_eos=True)
+        assert len(held.chunks) == chunks
+        assert not held.done.is_set()
+        assert engine.resume("held")
+        assert engine.resume("held")
+        held.wait()
+        assert held.text == whole
+        assert not engine.pause("held")
+        assert not engine.resume("held")
+
+    def test_a_job_may_be_paused_before_it_runs_and_cancelled_while_paused(self, make_engine):
+        engine = make_engine(kv_tokens=512)
+        try:
+            long, waits, gone = Listener(), Listener(), Listener()
+            engine.submit(job(job_id="long", max_new_tokens=400, ignore_eos=True), long)
+            assert long.first.wait(60)
+            engine.submit(job(job_id="waits", max_new_tokens=300, ignore_eos=True), waits)
+            engine.submit(job(job_id="gone", max_new_tokens=300, ignore_eos=True), gone)
+            assert engine.pause("waits")
+            assert engine.pause("gone")
+            assert engine.cancel("gone")
+            assert gone.wait(30).finish == "cancelled"
+            engine.cancel("long")
+            long.wait(30)
+            ask(engine, max_new_tokens=2)
+            assert not waits.chunks
+            assert engine.resume("waits")
+            assert waits.wait(60).new_tokens == 300
+            assert settle(lambda: engine.statistics().kv_tokens_used == 0)
+        finally:
+            engine.close()

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from llmos.drivers.errors import EngineFailed
+from llmos.drivers.errors import EngineFailed, NoHead
 
 TEXTS = [
     "The invoice is wrong, I want a refund.",
@@ -60,6 +60,11 @@ class EncoderSuite:
         after = engine.statistics()
         assert after.finished == before.finished + 3
         assert after.prompt_tokens > before.prompt_tokens + 10
+
+    def test_without_a_head_nothing_is_classified(self, engine):
+        assert engine.labels == ()
+        with pytest.raises(NoHead):
+            engine.classify(TEXTS)
 
     def test_closed_is_closed(self, make_engine):
         engine = make_engine()

@@ -23,6 +23,15 @@ PROMPTS = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_calibration():
+    from llmos.drivers.engines import causal
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(causal, "CALIBRATION_S", 0.0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def make_engine(smollm2):
     from llmos.drivers.engines.causal import TransformersCausalEngine
@@ -221,9 +230,9 @@ class TestTransformersCausalEngine(CausalSuite):
         engine = make_engine()
         whole = engine._stepper.step
 
-        def watch(params):
+        def watch():
             seen.append((torch.get_num_threads(), threading.current_thread().name))
-            return whole(params)
+            return whole()
 
         engine._stepper.step = watch
         ask(engine, max_new_tokens=1)
@@ -240,7 +249,7 @@ def test_fragmented_memory_gives_the_same_tokens(make_engine):
     engine = make_engine()
     try:
         expected = ask(engine, QUESTION, max_new_tokens=10, ignore_eos=True).text
-        pool = engine._stepper.pool
+        pool = engine._stepper.cache.memory.pool
         taken = [pool.take(1) for _ in range(pool.free)]
         for blocks in taken[::2]:
             pool.give(blocks)

@@ -4,7 +4,7 @@ import pytest
 
 from llmos.drivers.engines.echo import EchoEngine
 from llmos.drivers.protocols import ChatTurn, EngineOptions
-from tests.drivers.engines.causal_suite import CausalSuite, Listener, ask, job
+from tests.drivers.engines.causal_suite import CausalSuite, Listener, QueueSuite, ask, job
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def make_engine():
     return lambda **o: EchoEngine(EngineOptions("echo", Path(), **{"kv_tokens": 2048, **o}))
 
 
-class TestEchoEngine(CausalSuite):
+class TestEchoEngine(CausalSuite, QueueSuite):
     def test_it_says_the_last_user_turn(self, engine):
         turns = (
             ChatTurn("user", "first"),

@@ -55,7 +55,7 @@ def check(lengths, group, scatter=False):
             scaling=DIM**-0.5,
             llmos_plan=plan,
             llmos_layers={0: (keys, values)},
-            write_index=[torch.cat(write)],
+            llmos_rows=torch.cat(write),
         )
     assert weights is None
     assert out.shape == (1, total, heads, DIM)
@@ -73,12 +73,12 @@ def check(lengths, group, scatter=False):
 def test_every_kind_of_step(group, scatter):
     decode = [(p, 1) for p in (5, 15, 16, 17, 31, 40, 300, 310, 290, 900)]
     plan = check(decode, group, scatter)
-    assert sorted(g.count for g in plan.groups) == [3, 5]
-    assert sorted(s.key_tokens for s in plan.sequences) == [6, 901]
+    assert sorted(g.count for g in plan.groups) == [4, 4]
+    assert sorted(s.key_tokens for s in plan.sequences) == [311, 901]
     # Prompts, pieces of prompts and decoding tokens in one step.
     mixed = [(0, 20), (50, 1), (33, 7), (60, 1), (0, 1), (0, 2), (49, 1), (48, 1)]
     plan = check(mixed, group, scatter)
-    assert [g.count for g in plan.groups] == [4]
+    assert [g.count for g in plan.groups] == [5]
     assert all(g.queries is not None for g in plan.groups)
 
 
@@ -98,3 +98,7 @@ def test_groups_are_bounded():
     assert sorted(g.count for g in plan.groups) == [8]
     assert len(plan.sequences) == 2
     assert all(g.count * g.longest <= paged.GROUP_TOKENS for g in plan.groups)
+    plan = check([(p, 1) for p in range(0, 400, 25)], 1)
+    for g in plan.groups:
+        hidden = 0 if g.mask is None else int((g.mask == -torch.inf).sum())
+        assert hidden <= paged.PADDING_TOKENS

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmos.drivers.engines.blocks import BlockPool, run_start
-from llmos.drivers.engines.textstream import StopFilter
+from llmos.drivers.engines.textstream import Detokenizer, StopFilter
 
 ABC = st.text("abc", max_size=30)
 
@@ -118,6 +118,65 @@ def test_a_stop_may_begin_before_but_not_end_there():
     stop = StopFilter(["END"], "the EN")
     assert stop.push("T") == "T"
     assert not stop.stopped
+
+
+@given(ABC, st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3), st.data())
+def test_from_a_mark_on_nothing_is_let_out_before_the_end(text, marks, data):
+    cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
+    pieces = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
+    held = StopFilter((), marks=marks)
+    out = ""
+    for i, piece in enumerate(pieces):
+        out += held.push(piece)
+        # Pieces are let out whole, and those that are held back are counted.
+        assert out == "".join(pieces[: i + 1 - held.held_pieces])
+    first = min((at for m in marks if (at := text.find(m)) >= 0), default=len(text))
+    assert len(out) <= first
+    assert out + held.flush() == text
+
+
+def test_a_stop_string_after_a_mark_ends_the_text():
+    held = StopFilter(["END"], marks=["<call>"])
+    assert held.push("yes <ca") == ""
+    assert held.push("ll>{}") == ""
+    assert held.push(" EN") == ""
+    assert held.push("D of it") == "yes <call>{} "
+    assert held.stopped
+
+
+def test_what_only_looked_like_a_mark_is_let_out():
+    held = StopFilter([], marks=["<call>"])
+    assert held.push("a <") == ""
+    assert held.push("b>") == "a <b>"
+
+
+def test_a_mark_does_not_begin_in_what_was_let_out_already():
+    held = StopFilter([], "say <call", marks=["<call>"])
+    assert held.push("> it") == "> it"
+
+
+def test_everything_may_be_held_back():
+    held = StopFilter(["END"], "before", hold_all=True)
+    assert held.push("one ") == ""
+    assert held.push("two") == ""
+    assert held.held_pieces == 2
+    assert held.flush() == "one two"
+
+
+def test_special_tokens_that_are_asked_for_are_text():
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<call>", "<stop>"])
+    call, stop = backend.token_to_id("<call>"), backend.token_to_id("<stop>")
+    a, half = backend.encode("aé", add_special_tokens=False).ids[:2]
+    text = Detokenizer(backend, controls={call: "<call>"})
+    assert [text.push(t) for t in (a, stop, call, a)] == ["a", "", "<call>", "a"]
+    # Half a character before it never becomes a whole one.
+    assert [text.push(t) for t in (half, call)] == ["", "<call>"]
 
 
 @given(st.lists(st.integers(1, 9), max_size=40), st.randoms(use_true_random=False))
