@@ -10,7 +10,7 @@ SEED   ?= 1
 MODELS := smollm2-135m-instruct minilm-l6
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast check chaos format bench lock clean models
+.PHONY: help demo test test-fast check chaos format bench bench-engine lock clean models
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,6 +41,9 @@ format: $(VENV)/.dev ## format the code
 
 bench: $(VENV)/.dev models ## benchmarks/throughput.py: agents against plain transformers
 	@$(BIN)/python -m benchmarks.throughput
+
+bench-engine: $(VENV)/.dev models ## benchmarks/engine.py: the engines against the library's own ways
+	@$(BIN)/python -m benchmarks.engine
 
 models: $(VENV)/.demo ## have the demo's models in the model store
 	@$(BIN)/llmos models pull $(MODELS) >/dev/null

@@ -31,6 +31,7 @@ from llmos.kernel.encoding import Encoder
 from llmos.kernel.metrics import REQUESTS, TOKENS, Exported, export
 from llmos.kernel.remote import answers
 from llmos.kernel.scheduling import Meter, Scheduling
+from llmos.kernel.usage import Usage
 
 log = logging.getLogger("llmos.device")
 
@@ -67,6 +68,7 @@ class DeviceServer:
         self._encoders: dict[str, Encoder] = {}
         self._clients: dict[str, _Client] = {}
         self._meter = Meter()
+        self._usage = Usage()
         self._ended = asyncio.Event()
 
     async def ready(self) -> DeviceInfo:
@@ -90,19 +92,14 @@ class DeviceServer:
         kind: str,
         options: EngineOptions,
         scheduling: Scheduling | None = None,
-    ) -> int:
-        """Make a model resident; returns the bytes that the device now uses more.
+    ) -> dict[str, int]:
+        """Make a model resident; returns the bytes that it keeps on the device, by purpose.
 
         Raises:
             DriverError: why it could not be loaded; nothing of it stays.
         """
         loop = asyncio.get_running_loop()
         factory = driver("engine", engine)
-        if engine in ("causal", "encoder"):
-            # What the libraries themselves take is not the model's.
-            await loop.run_in_executor(None, __import__, "torch")
-            await loop.run_in_executor(None, __import__, "transformers")
-        before = self._device.usage().used_bytes
         options = _on(options, self._device.torch_device)
         try:
             loaded = await loop.run_in_executor(None, factory, options)
@@ -120,9 +117,7 @@ class DeviceServer:
             self._encoders[options.model] = Encoder(
                 options.model, loaded, options.max_batch_texts, options.max_batch_tokens
             )
-        if engine == "remote":
-            return 0  # What grew meanwhile belongs to others.
-        return max(0, self._device.usage().used_bytes - before)
+        return dict(loaded.memory_bytes())
 
     @answers
     async def unload(self, slot: str) -> None:
@@ -183,11 +178,13 @@ class DeviceServer:
                 loop.call_soon_threadsafe(self._deliver, state, slot, metered, chunk)
 
             state.jobs[job.id] = slot
+            self._usage.begins(metered, slot, job, time.monotonic())
             try:
                 # In a thread: tokenizing a long prompt must not hold up everybody's chunks.
                 await loop.run_in_executor(None, engine.submit, job, deliver)
             except LlmosError as error:
                 self._meter.leave(metered)
+                self._usage.ends(metered)
                 state.jobs.pop(job.id, None)
                 state.cancelled.discard(job.id)
                 if isinstance(error, UnknownAdapter):
@@ -202,12 +199,14 @@ class DeviceServer:
         return results
 
     def _deliver(self, client: _Client, slot: str, metered: str, chunk: GenerationChunk) -> None:
+        self._usage.told(metered, chunk, time.monotonic())
         if chunk.tokens or chunk.prompt_tokens:
             self._meter.charge(metered, chunk.tokens + chunk.prompt_tokens, time.monotonic())
         if chunk.tokens:
             TOKENS.labels(model=slot, phase="decode").inc(chunk.tokens)
         if chunk.finish is not None:
             self._meter.leave(metered)
+            self._usage.ends(metered)
             client.jobs.pop(chunk.job_id, None)
             client.cancelled.discard(chunk.job_id)
             TOKENS.labels(model=slot, phase="prefill").inc(chunk.prompt_tokens)
@@ -272,11 +271,17 @@ class DeviceServer:
     # -- looking
 
     async def statistics(self) -> dict[str, Any]:
-        """Memory now, and the counters of each slot."""
+        """Memory now, the counters of each slot, how long its steps take, and who used it."""
         usage = self._device.usage()
         engines: dict[str, Any] = {n: e.statistics() for n, e in self._causal.items()}
         engines.update({n: e.engine.statistics() for n, e in self._encoders.items()})
-        return {"used_bytes": usage.used_bytes, "utilisation": usage.utilisation, "slots": engines}
+        return {
+            "used_bytes": usage.used_bytes,
+            "utilisation": usage.utilisation,
+            "slots": engines,
+            "step_times": {n: e.step_time() for n, e in self._causal.items()},
+            "usage": self._usage.summary(time.monotonic()),
+        }
 
     async def metrics(self) -> Exported:
         """This process's metrics."""

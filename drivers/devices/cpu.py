@@ -6,8 +6,6 @@ import os
 import platform
 from pathlib import Path
 
-import psutil
-
 from llmos.drivers.errors import DeviceUnavailable
 from llmos.drivers.protocols import DeviceInfo, DeviceUsage
 
@@ -38,6 +36,10 @@ def _cgroup_folders() -> list[Path]:
 
 def memory_bytes() -> tuple[int, int]:
     """Total and available memory, of the container where there is a limit, else the machine."""
+    # Here and not above: an engine takes its thread quota from this module, and has to run
+    # on a machine with torch and transformers alone.
+    import psutil
+
     machine = psutil.virtual_memory()
     total, available = int(machine.total), int(machine.available)
     for folder in _cgroup_folders():
@@ -105,6 +107,8 @@ class CpuDevice:
             )
         if threads is not None and threads < 1:
             raise DeviceUnavailable(name, f"{threads} threads cannot compute", remedy="Give it 1")
+        import psutil
+
         self._process = psutil.Process()
         self._process.cpu_percent()
         self._info = DeviceInfo(

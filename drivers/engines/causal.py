@@ -311,6 +311,10 @@ class TransformersCausalEngine:
         with self._wake:
             return self._times.fit()
 
+    def memory_bytes(self) -> dict[str, int]:
+        """Weights, KV cache and places for adapters; see the protocol."""
+        return {} if self._broken else self._stepper.memory_bytes()
+
     def statistics(self) -> EngineStatistics:
         """Counters and queue lengths now."""
         with self._wake:

@@ -245,6 +245,10 @@ class EchoEngine:
         """None: a step takes as long as its pause."""
         return None
 
+    def memory_bytes(self) -> dict[str, int]:
+        """Nothing: it has no tensors."""
+        return {}
+
     def statistics(self) -> EngineStatistics:
         """Counters and queue lengths now."""
         with self._wake:

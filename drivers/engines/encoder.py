@@ -28,6 +28,7 @@ from llmos.drivers.engines.fairlock import FairLock
 from llmos.drivers.engines.loading import loading
 from llmos.drivers.engines.packing import PackedLinear, can_pack
 from llmos.drivers.engines.quantize import quantize
+from llmos.drivers.engines.tensors import weights_bytes
 from llmos.drivers.errors import EngineFailed, NoHead
 from llmos.drivers.models.footprint import context_tokens
 from llmos.drivers.protocols import EngineOptions, EngineStatistics, Vectors
@@ -115,6 +116,11 @@ class TransformersEncoderEngine:
         if not self._labels:
             raise NoHead(self._options.model)
         return self._run(texts, len(self._labels), self._classify)
+
+    def memory_bytes(self) -> dict[str, int]:
+        """The weights, with the head if there is one; see the protocol."""
+        model = self._model
+        return {} if model is None else {"weights": weights_bytes(model)}
 
     def statistics(self) -> EngineStatistics:
         """Counters now; ``finished`` and ``failed`` count texts, ``steps`` passes."""

@@ -81,6 +81,10 @@ class HashEncoder:
             self._tokens += tokens
         return rows
 
+    def memory_bytes(self) -> dict[str, int]:
+        """Nothing: it has no tensors."""
+        return {}
+
     def statistics(self) -> EngineStatistics:
         """Counters now; ``finished`` counts texts."""
         with self._lock:

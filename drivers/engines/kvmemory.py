@@ -5,8 +5,9 @@ from __future__ import annotations
 from llmos.drivers.engines.blocks import BlockPool
 from llmos.drivers.engines.prefixes import Prefixes
 from llmos.drivers.engines.sequence import Sequence
+from llmos.drivers.models.footprint import KV_BLOCK_TOKENS
 
-PAGE_TOKENS = 16
+PAGE_TOKENS = KV_BLOCK_TOKENS
 """Tokens per KV block. Runs of blocks are read as one, so small costs nothing but waste less."""
 
 

@@ -56,6 +56,7 @@ class LibraryCache:
         self._cache = cache = self._processor.cache
         self._allocators = list(cache.cache_allocators.values())
         self.read_limit: int | None = int(cache.max_tokens_read)
+        self.size_bytes = int(cache.cache_tensor.nbytes)
         self.memory: KvMemory | None = None
         self.kv_tokens = int(cache.num_blocks) * PAGE_TOKENS
         if len(self._allocators) == 1 and self._allocators[0].layer_type == "full_attention":

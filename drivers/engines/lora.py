@@ -237,6 +237,13 @@ class AdapterBank:
         return self._max_rank
 
     @property
+    def places_bytes(self) -> int:
+        """What all places take. A layer's are made when the first adapter changes it, but
+        nobody is asked for them then, so they count from the beginning."""
+        widths = sum(i + o for i, o in self.layers.values())
+        return self._places * self._max_rank * widths * int(self._like[0].itemsize)
+
+    @property
     def free(self) -> int:
         """Places that nobody has."""
         return sum(adapter is None for adapter in self._at)

@@ -35,6 +35,7 @@ class OwnCache:
             find_head_dim(config),
             dtype=dtype,
         )
+        self.size_bytes = int(memory.nbytes)
         self._layers = {i: (memory[i, 0], memory[i, 1]) for i in range(config.num_hidden_layers)}
         self.memory = KvMemory(0, blocks, share)
 

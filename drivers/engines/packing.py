@@ -27,6 +27,11 @@ class PackedLinear(nn.Module):
         self._bias = None if linear.bias is None else linear.bias.detach()
         self._packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _ROWS_HINT)
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """What it keeps: the packed weight, and the bias if there is one."""
+        return [self._packed] if self._bias is None else [self._packed, self._bias]
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Input (…, in_features), output (…, out_features)."""
         if not x.numel():

@@ -4,11 +4,12 @@ The texts lie one behind the other as a single sequence, which is all that linea
 norms and embeddings need; only attention has to know where each begins. Texts of equal
 length stand beside each other and attend in one batched call.
 
-Against padded batches of 32 with a mask, sorted by length, this is 1.2 to 2.5 times as
-fast on one thread, the more the lengths differ: nothing is computed on padding, and
-without a mask PyTorch takes its fast kernel. A block-diagonal mask over the packed
-sequence was rejected: its cost grows with the square of the whole pass. On CUDA texts are
-padded, since there each launch costs more than the wasted arithmetic.
+Against padded batches of 32 with a mask, sorted by length, this is 1.3 (192 texts) to 2.4
+times (64 texts) as fast on one thread, the more the lengths within a batch differ: nothing
+is computed on padding, and without a mask PyTorch takes its fast kernel. A block-diagonal
+mask over the packed sequence was rejected: its cost grows with the square of the whole
+pass. On CUDA texts are padded, since there each launch costs more than the wasted
+arithmetic.
 """
 
 from __future__ import annotations

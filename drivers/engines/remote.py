@@ -380,6 +380,10 @@ class RemoteEngine:
         """None: what a server does in a step is not seen from here."""
         return None
 
+    def memory_bytes(self) -> dict[str, int]:
+        """Nothing: its weights are elsewhere."""
+        return {}
+
     def statistics(self) -> EngineStatistics:
         """Counters and queue lengths now; a remote model has no KV memory here."""
         with self._lock:

@@ -25,6 +25,7 @@ from llmos.drivers.engines.packing import pack_linears
 from llmos.drivers.engines.quantize import quantize
 from llmos.drivers.engines.sampling import choose
 from llmos.drivers.engines.sequence import Sequence
+from llmos.drivers.engines.tensors import weights_bytes
 from llmos.drivers.protocols import EngineOptions
 
 MAX_REQUESTS = 256
@@ -129,6 +130,16 @@ class Stepper:
     def kv_tokens(self) -> int:
         """Capacity of the cache."""
         return self.cache.kv_tokens
+
+    def memory_bytes(self) -> dict[str, int]:
+        """What it keeps from step to step, by purpose; empty: it is closed."""
+        model, bank = self.model, self.bank
+        if model is None:
+            return {}
+        found = {"weights": weights_bytes(model), "kv": self.cache.size_bytes}
+        if bank is not None:
+            found["adapters"] = bank.places_bytes
+        return found
 
     def admit(self, sequence: Sequence) -> bool:
         """Let a sequence in with all the memory it may need; False: not enough is free.

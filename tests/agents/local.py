@@ -24,6 +24,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from llmos.drivers.documents.reader import read_folder
+from llmos.drivers.errors import UnknownAdapter
 from llmos.drivers.graphs.load import load_triples
 from llmos.drivers.protocols import (
     EngineOptions,
@@ -226,8 +227,19 @@ class Local:
         vectors: Vectors = await asyncio.to_thread(self._model(model).embed, list(texts))
         return vectors
 
+    async def classify(self, model: str, texts: Sequence[str]) -> tuple[tuple[str, ...], Vectors]:
+        engine = self._model(model)
+        rows: Vectors = await asyncio.to_thread(engine.classify, list(texts))
+        return engine.labels, rows
+
     async def model_digest(self, model: str) -> str:
         return f"local-{model}"
+
+    async def adapter(self, tenant: str, model: str, name: str) -> Labels:
+        table = self.system.adapters.get(name)
+        if table is None or table.model != model or table.tenant not in (None, tenant):
+            raise UnknownAdapter(model, name, ())
+        return table.labels
 
     async def retrieve(
         self, tenant: str, corpus: str, query: str, k: int

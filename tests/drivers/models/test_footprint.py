@@ -94,10 +94,15 @@ def test_shards_are_summed(tmp_path: Path) -> None:
 
 def test_an_encoder_has_no_kv_and_grows_with_its_batch(tmp_path: Path) -> None:
     folder = tiny.encoder(tmp_path / "e")
-    few, many = (predict(folder, "encoder", max_batch_texts=n) for n in (1, 8))
+    few, many = (predict(folder, "encoder", max_batch_tokens=32 * n) for n in (1, 4))
     assert few.kv_bytes == 0
     assert few.weights_bytes == tiny.VOCABULARY * tiny.HIDDEN * 4
-    assert many.workspace_bytes == 8 * few.workspace_bytes
+    assert many.workspace_bytes == 4 * few.workspace_bytes
+    # Texts bound a pass as well; one text is let through however long it is.
+    assert predict(folder, "encoder", max_batch_texts=2, max_batch_tokens=10**6) == predict(
+        folder, "encoder", max_batch_tokens=64
+    )
+    assert predict(folder, "encoder", max_batch_tokens=8) == few
     assert few.total_bytes == few.weights_bytes + few.workspace_bytes
 
 

@@ -155,7 +155,7 @@ def test_the_predicted_workspace_holds_the_largest_step(
         kind="encoder",
         dtype="float32",
         kv_tokens=0,
-        max_batch_tokens=0,
+        max_batch_tokens=4 * 256,
         max_batch_texts=4,
     )
     ids = ids[:, :256].repeat(4, 1)
