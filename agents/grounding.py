@@ -35,6 +35,7 @@ from llmos.agents.choosing import (
     shared_words,
 )
 from llmos.agents.messages import Citation
+from llmos.agents.support import Support, judge
 from llmos.drivers.errors import EngineError
 from llmos.kernel.context import Context
 from llmos.syscalls.errors import Busy, DeadlineExceeded, ServiceUnavailable
@@ -160,14 +161,14 @@ class Grounding:
             return Grounded("", "none", 0.0, trouble=trouble)
         kept, dropped, support = [], [], []
         for n, claim in enumerate(claims):
-            found = self._supported(claim, claimed[n] @ stated.T, lines)
+            found = self._judge(claim, claimed[n] @ stated.T, lines)
             # How near the support is to the question counts, not the claim: a model likes
             # to repeat the question's words in front of something else.
-            if found is None or found[0].score < best - 0.2:
+            if not found.supported or found.line is None or found.line.score < best - 0.2:
                 dropped.append(claim)
             else:
-                kept.append(found[0]._replace(text=claim))
-                support.append(found[1])
+                kept.append(found.line._replace(text=claim))
+                support.append(found.score)
         chosen = choose_lines(near_lines(lines, sources), stated, fits)
         covered = coverage(question, kept, sources)
         enough = kept and len(kept) >= self._limits.kept * len(claims)
@@ -199,6 +200,30 @@ class Grounding:
         text = generated.text
         return (_up_to_sentence(text) if generated.finish == "length" else text), ""
 
+    async def check(self, text: str, sources: Sequence[Source]) -> list[Support]:
+        """What the sources say to each sentence of a text that somebody else has written.
+
+        Numbers of sources in the text (``[1]``) are not read as part of it. ``line.source`` of
+        a support is the position of its source.
+
+        Raises:
+            SyscallError: as embed raises it.
+        """
+        split = [_without_numbers(s) for s in text_of.split_sentences(text)]
+        claims = [s for s in split if s]
+        evidence = [(i, s) for i, source in enumerate(sources) for s in source.sentences]
+        if not claims or not evidence:
+            return [self._judge(c, np.empty(0, dtype=np.float32), []) for c in claims]
+        texts = [*claims, *(in_context(s, sources[i].title) for i, s in evidence)]
+        vectors = (await self._os.embed(self._embedder, texts)).vectors
+        near = vectors[: len(claims)] @ vectors[len(claims) :].T
+        lines = [Line(s, i, 0.0, n) for n, (i, s) in enumerate(evidence)]
+        return [self._judge(claim, near[n], lines) for n, claim in enumerate(claims)]
+
+    def _judge(self, claim: str, near: npt.NDArray[np.float32], lines: Sequence[Line]) -> Support:
+        limits = self._limits
+        return judge(claim, near, lines, alike=limits.alike, overlap=limits.overlap)
+
     async def cite(self, statements: Sequence[str], sources: Sequence[Source]) -> list[int | None]:
         """For each statement the position of the source nearest to it, or None if none is near."""
         evidence = [(i, s) for i, source in enumerate(sources) for s in source.sentences]
@@ -211,35 +236,6 @@ class Grounding:
             evidence[int(row.argmax())][0] if float(row.max()) >= self._limits.relevant else None
             for row in near
         ]
-
-    def _supported(
-        self, claim: str, near: npt.NDArray[np.float32], lines: Sequence[Line]
-    ) -> tuple[Line, float] | None:
-        """The line that says the same as a claim, and how nearly; None if there is none."""
-        claimed = text_of.content_words(claim)
-        if not claimed:
-            return None
-        numbers, critical = text_of.quantities(claim), text_of.critical_words(claim)
-        best: tuple[Line, float] | None = None
-        for n in np.argsort(-near, kind="stable")[:6]:
-            if near[n] < self._limits.alike:
-                break
-            line = lines[int(n)]
-            following = lines[int(n) + 1] if int(n) + 1 < len(lines) else None
-            both = line.text
-            if following is not None and following.source == line.source:
-                both = f"{line.text} {following.text}"
-            overlap = len(claimed & text_of.content_words(both)) / len(claimed)
-            if (
-                overlap >= self._limits.overlap
-                and text_of.covers(numbers, text_of.quantities(both))
-                and critical <= text_of.critical_words(both)
-                and text_of.is_negative(claim) == text_of.is_negative(line.text)
-            ):
-                score = (overlap + float(near[n])) / 2
-                if best is None or score > best[1]:
-                    best = (line, score)
-        return best
 
     def _compose(
         self,

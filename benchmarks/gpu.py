@@ -161,6 +161,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
         kv_tokens=room.kv_tokens,
         max_batch_tokens=room.max_batch_tokens,
         max_batch_texts=room.max_batch_texts,
+        device="cuda" if args.device.startswith("cuda") else "cpu",
     )
     found: dict[str, Any] = {"predicted_bytes": predicted.total_bytes}
     if not args.device.startswith("cuda"):

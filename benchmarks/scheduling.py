@@ -1,7 +1,8 @@
 """Policies of the queue against first come, first served, in the simulator.
 
-    python -m benchmarks.scheduling [--json] [--only completion,recorded,fairness,flood,decision]
-        [--seeds 5] [--jobs 4000] [--machine gpu] [--traces FOLDER]
+    python -m benchmarks.scheduling [--json] [--only completion,recorded,fairness,flood,decision,
+        ledger,live] [--seeds 5] [--jobs 4000] [--machine gpu] [--traces FOLDER]
+        [--smollm2 FOLDER] [--minilm FOLDER]
 
 - *completion*: made-up agents of several steps with heavy tails, at loads from 0.5 to 3 times
   what the device can do (above 1: a finite overload). For each policy the mean and the 99th
@@ -16,8 +17,13 @@
 - *flood*: a calm tenant alone, and beside one that asks for 20 times more than there is.
 - *decision*: microseconds to name the first, take it out and put another in, with 100,000
   waiting.
+- *ledger*: predicted bytes of models against those that loaded engines say they keep
+  (:mod:`benchmarks.scheduling_memory`).
+- *live*: the predicted mean completion time against that of the engine itself with SmolLM2, and
+  the gap of two tenants in it (:mod:`benchmarks.scheduling_live`). Left out where the model is
+  not at hand.
 
-What is simulated is exactly repeatable; only *decision* measures this machine.
+What is simulated is exactly repeatable; only *decision* and *live* measure this machine.
 """
 
 from __future__ import annotations
@@ -38,6 +44,7 @@ from rich.table import Table
 from llmos.drivers.protocols import QueuedRequest
 from llmos.kernel.core import policies
 from llmos.kernel.core.history import Cost
+from llmos.kernel.settings import Settings
 from llmos.kernel.simulation import traces
 from llmos.kernel.simulation.jobs import MACHINES, Call, Job, Machine, Trace
 from llmos.kernel.simulation.report import figures, percentile
@@ -129,7 +136,7 @@ def fairness(machine: Machine, jobs: int) -> dict[str, Any]:
     gaps = {n: simulate(trace, n, machine).gap_tokens for n in ("fcfs", "fair", "fair-fcfs")}
     return {
         "gap_tokens": {"simulated": gaps},
-        "gap_bound_tokens": min(bound, 2 * cost.written * inside),
+        "gap_bound_tokens": {"simulated": min(bound, 2 * cost.written * inside)},
         "gap_fcfs_over_fair": gaps["fcfs"] / max(gaps["fair"], 1.0),
     }
 
@@ -197,6 +204,38 @@ def decision_us(name: str, waiting: int = 100_000) -> float:
     return statistics.median(rounds)
 
 
+def live(smollm2: Path | None) -> dict[str, Any]:
+    """The engine itself, where its model is at hand."""
+    if smollm2 is None:
+        console.print("live: no SmolLM2 at hand")
+        return {}
+    from benchmarks import scheduling_live
+
+    return scheduling_live.error(smollm2) | scheduling_live.gaps(smollm2)
+
+
+def ledger(smollm2: Path | None, minilm: Path | None) -> dict[str, Any]:
+    """Predictions of memory."""
+    from benchmarks import scheduling_memory
+
+    return scheduling_memory.ledger(smollm2, minilm)
+
+
+def _folder(given: Path | None, name: str) -> Path | None:
+    """The folder of a model: the one given, else that of the model store, if it is there."""
+    path = given or Path(Settings().models_dir) / name
+    return path if (path / "config.json").is_file() else None
+
+
+def join(found: dict[str, Any], more: dict[str, Any]) -> None:
+    """Add a section's keys; several sections fill one object of some of them."""
+    for name, value in more.items():
+        if isinstance(value, dict) and isinstance(found.get(name), dict):
+            found[name] |= value
+        else:
+            found[name] = value
+
+
 def show(found: dict[str, Any]) -> None:
     """Tables for people."""
     if "completion" in found:
@@ -215,7 +254,10 @@ def show(found: dict[str, Any]) -> None:
                 f"{saving:.0%}" if saving is not None else "",
             )
         console.print(table)
-    for name in ("recorded", "gap_tokens", "gap_bound_tokens", "flood_p95_ratio"):
+    for name in (
+        "recorded", "gap_tokens", "gap_bound_tokens", "flood_p95_ratio", "ledger_prediction_error",
+        "sim_live_error", "sim_live",
+    ):  # fmt: skip
         if name in found:
             console.print(name, found[name])
     if "decision_us_at_100k" in found:
@@ -227,13 +269,15 @@ def show(found: dict[str, Any]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run; returns the exit code."""
     parser = argparse.ArgumentParser("python -m benchmarks.scheduling")
-    sections = ("completion", "recorded", "fairness", "flood", "decision")
+    sections = ("completion", "recorded", "fairness", "flood", "decision", "ledger", "live")
     parser.add_argument("--only", default=",".join(sections))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=4000)
     parser.add_argument("--machine", choices=sorted(MACHINES), default="gpu")
     parser.add_argument("--no-prefixes", action="store_true", help="remember no prefixes")
     parser.add_argument("--traces", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--smollm2", type=Path, help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--minilm", type=Path, help="folder of all-MiniLM-L6-v2")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args(arguments)
     chosen = given.only.split(",")
@@ -242,6 +286,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = MACHINES[given.machine]
     if given.no_prefixes:
         machine = dataclasses.replace(machine, share_prefixes=False)
+    smollm2 = _folder(given.smollm2, "smollm2-135m-instruct")
+    minilm = _folder(given.minilm, "minilm-l6")
     found: dict[str, Any] = {"machine": given.machine, "prefixes": machine.share_prefixes}
     work: dict[str, Callable[[], dict[str, Any]]] = {
         "completion": lambda: {"completion": completion(machine, given.jobs, given.seeds)},
@@ -249,11 +295,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "fairness": lambda: fairness(machine, given.jobs),
         "flood": lambda: {"flood_p95_ratio": flood(machine, max(50, given.jobs // 10))},
         "decision": lambda: {"decision_us_at_100k": {n: decision_us(n) for n in policies.NAMES}},
+        "ledger": lambda: ledger(smollm2, minilm),
+        "live": lambda: live(smollm2),
     }
     for name in sections:
         if name in chosen:
             started = time.perf_counter()
-            found |= work[name]()
+            join(found, work[name]())
             console.print(f"{name}: {time.perf_counter() - started:.0f} s")
     if "completion" in found:
         found["saving_of_clairvoyant"] = {

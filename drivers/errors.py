@@ -39,8 +39,10 @@ The tree::
         │   ├── DimensionMismatch
         │   ├── NotFinite
         │   └── IndexMismatch       written by another embedding model or version
+        ├── FusionFileError         a fitted fusion or reranker that cannot be read
         ├── GraphError
         │   ├── UnknownNode
+        │   ├── GraphLimitExceeded  a query that would look at too much
         │   └── GraphFileError      a file of nodes or edges that cannot be read
         ├── RulesError
         │   ├── RuleSyntaxError
@@ -429,6 +431,17 @@ class IndexMismatch(VectorError):
         )
 
 
+class FusionFileError(DriverError):
+    """The file of a fitted fusion or reranker cannot be read."""
+
+    def __init__(self, path: str, reason: str) -> None:
+        self.path, self.reason = path, reason
+        super().__init__(
+            f"{path} is no fitted fusion: {reason}",
+            remedy="Fit one with python -m benchmarks.retrieval FOLDER --save FILE",
+        )
+
+
 class GraphError(DriverError):
     """Something about a graph."""
 
@@ -439,6 +452,17 @@ class UnknownNode(GraphError):
     def __init__(self, node: str, graph: str = "") -> None:
         self.node, self.graph = node, graph
         super().__init__(f"The graph {graph!r} has no node {node!r}")
+
+
+class GraphLimitExceeded(GraphError):
+    """A query had to look at more than one query may; nothing of it is answered."""
+
+    def __init__(self, graph: str, limit: str) -> None:
+        self.graph, self.limit = graph, limit
+        super().__init__(
+            f"The query of graph {graph!r} needs more than {limit}",
+            remedy="Name a node or a relation in more of its patterns",
+        )
 
 
 class GraphFileError(GraphError):

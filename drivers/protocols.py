@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -95,8 +95,18 @@ class Footprint:
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        known = self.weights_bytes + self.kv_bytes + self.workspace_bytes
-        return known + self.adapters_bytes
+        return sum(self.by_purpose.values())
+
+    @property
+    def by_purpose(self) -> dict[str, int]:
+        """The same by what it is for, as engines report theirs; what is 0 is left out."""
+        parts = {
+            "weights": self.weights_bytes,
+            "kv": self.kv_bytes,
+            "adapters": self.adapters_bytes,
+            "workspace": self.workspace_bytes,
+        }
+        return {purpose: size for purpose, size in parts.items() if size}
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,6 +362,16 @@ class QueuedRequest:
     """The agent's turn that asks; empty: not known."""
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a job stands in a queue."""
+
+    before: tuple[str, ...]
+    """Keys of those that enter first, if nothing more came and nobody inside wrote a token."""
+    reason: str
+    """Why it stands there: a clause for people."""
+
+
 class QueuePolicy(Protocol):
     """Who enters the batch next. Called by one thread at a time; decides, and does nothing.
 
@@ -378,6 +398,10 @@ class QueuePolicy(Protocol):
         """Who of the running gives way to :meth:`first`; None: nobody, it waits."""
         ...
 
+    def standing(self, key: str, now_s: float) -> Standing:
+        """Where a job that waits stands. For people who look: O(n log n). Raises KeyError."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
@@ -396,6 +420,30 @@ class StepTime:
         return (
             self.base_s + self.batch_s * batch + self.context_s * context + self.prompt_s * prompt
         )
+
+
+@dataclass(frozen=True, slots=True)
+class JobPlace:
+    """Where a job is in its engine, and what it waits for."""
+
+    state: Literal["waiting", "running", "paused"]
+    position: int
+    """1: enters next; 0: it is in the batch, or paused."""
+    reason: str
+    """Of the queue's policy, where it waits."""
+    waited_s: float
+    """Since it was submitted."""
+    running: int
+    """Jobs in the batch."""
+    new_tokens: int
+    """Written so far."""
+    max_new_tokens: int
+    kv_needed: int = 0
+    """Tokens of KV cache that it holds or needs; 0: not known."""
+    kv_free: int = 0
+    """Tokens of KV cache that nobody holds."""
+    estimate_s: float | None = None
+    """Until it enters, at most, as far as the engine can tell; None: it cannot."""
 
 
 class CausalEngine(Protocol):
@@ -456,8 +504,18 @@ class CausalEngine(Protocol):
         """
         ...
 
+    def place(self, job_id: str) -> JobPlace | None:
+        """Where a job is and what it waits for; None: it is not here. For people who look."""
+        ...
+
     def step_time(self) -> StepTime | None:
         """How long steps take, as measured so far; None: nothing was measured yet."""
+        ...
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes on the device that it keeps from step to step, by purpose, each tensor once:
+        ``weights``, ``kv``, and ``adapters``, all of whose places count, taken or not. What a
+        step needs for itself is not among them. Empty: it has none, or is closed."""
         ...
 
     def statistics(self) -> EngineStatistics:
@@ -502,6 +560,11 @@ class EncoderEngine(Protocol):
             NoHead: the model has no classification head.
             EngineFailed: the engine is closed or broken.
         """
+        ...
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes on the device that it keeps between passes, by purpose (``weights``), each
+        tensor once. Empty: it has none, or is closed."""
         ...
 
     def statistics(self) -> EngineStatistics:
@@ -574,6 +637,14 @@ class VectorIndex(Protocol):
         """
         ...
 
+    def rows(self, ids: Sequence[str]) -> Vectors:
+        """The vectors of these ids, in their order. Shape (len(ids), dimension).
+
+        Raises:
+            KeyError: one of them is not there.
+        """
+        ...
+
     def save(self, folder: Path, tag: str) -> None:
         """Write the index, replacing an older one in one step; ``tag`` says what it belongs to."""
         ...
@@ -631,6 +702,8 @@ class Node:
     source: str = ""
     """Provenance: the file it came from."""
     version: str = ""
+    synonyms: tuple[str, ...] = ()
+    """Other names, by which it is found, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -642,6 +715,29 @@ class Edge:
     object: str
     source: str = ""
     version: str = ""
+    valid_from: float | None = None
+    """Unix time from which it holds; None: it always did."""
+    valid_to: float | None = None
+    """Unix time from which it does not hold any more; None: it still does."""
+
+
+class Triple(NamedTuple):
+    """A pattern of an edge; a term that begins with ``?`` is a variable."""
+
+    subject: str
+    relation: str
+    object: str
+
+
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """A place in a text that names a node."""
+
+    start: int
+    end: int
+    """Characters [start, end) of the text."""
+    text: str
+    node: Node
 
 
 class Graph(Protocol):
@@ -659,7 +755,11 @@ class Graph(Protocol):
         ...
 
     def find(self, text: str, limit: int = 10) -> list[Node]:
-        """Nodes whose name occurs in the text as whole words, any case; longest names first."""
+        """Nodes whose name or synonym occurs in the text as whole words; longest names first."""
+        ...
+
+    def link(self, text: str, limit: int = 10) -> list[Mention]:
+        """Where the text names nodes: the longest names, from left to right, none in another."""
         ...
 
     def neighbours(
@@ -669,21 +769,64 @@ class Graph(Protocol):
         relation: str | None = None,
         direction: Literal["out", "in", "both"] = "both",
         limit: int = 100,
+        at: float | None = None,
     ) -> list[tuple[Edge, Node]]:
         """Edges at a node with the node at the other end, ordered by (relation, name, id).
+
+        ``at``: only edges that hold at this Unix time. Raises UnknownNode.
+        """
+        ...
+
+    def paths(
+        self,
+        start: str,
+        end: str,
+        *,
+        max_hops: int = 3,
+        limit: int = 10,
+        at: float | None = None,
+    ) -> list[list[Edge]]:
+        """Simple paths, edges taken in either direction, shortest first. Raises UnknownNode."""
+        ...
+
+    def subgraph(
+        self, ids: Sequence[str], *, hops: int = 2, limit: int = 500, at: float | None = None
+    ) -> tuple[list[Node], list[Edge]]:
+        """Edges up to ``hops`` away from some nodes, near ones first, and their nodes.
 
         Raises UnknownNode.
         """
         ...
 
-    def paths(
-        self, start: str, end: str, *, max_hops: int = 3, limit: int = 10
-    ) -> list[list[Edge]]:
-        """Simple paths, edges taken in either direction, shortest first. Raises UnknownNode."""
+    def match(
+        self, patterns: Sequence[Triple], *, limit: int = 100, at: float | None = None
+    ) -> list[dict[str, str]]:
+        """What the variables stand for, so that every pattern is an edge; ordered, each once.
+
+        Raises GraphLimitExceeded where too much would have to be looked at.
+        """
+        ...
+
+    def pagerank(
+        self,
+        seeds: Mapping[str, float],
+        *,
+        limit: int = 20,
+        damping: float = 0.85,
+        at: float | None = None,
+    ) -> list[tuple[Node, float]]:
+        """Nodes by how often a walk that returns to the seeds comes by, best first.
+
+        Raises UnknownNode; ValueError for weights that are not above 0.
+        """
         ...
 
     def size(self) -> tuple[int, int]:
         """Numbers of nodes and edges."""
+        ...
+
+    def close(self) -> None:
+        """Let go of files and memory. May be called again."""
         ...
 
 

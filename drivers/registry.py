@@ -29,12 +29,16 @@ TABLE: dict[tuple[str, str], Entry] = {
     ("engine", "encoder"): Entry("llmos.drivers.engines.encoder:TransformersEncoderEngine"),
     ("engine", "hash"): Entry("llmos.drivers.engines.hashing:HashEncoder"),
     ("engine", "remote"): Entry("llmos.drivers.engines.remote:RemoteEngine"),
+    ("graph", "ladybug"): Entry(
+        "llmos.drivers.graphs.ladybug_graph:LadybugGraph", "pip install 'llmos[graph]'"
+    ),
     ("graph", "memory"): Entry("llmos.drivers.graphs.memory:MemoryGraph"),
     ("graph", "networkx"): Entry("llmos.drivers.graphs.networkx_graph:NetworkxGraph"),
     ("rules", "clips"): Entry(
         "llmos.drivers.rules.clips:ClipsRuleBase", "pip install 'llmos[demo]'"
     ),
     ("rules", "memory"): Entry("llmos.drivers.rules.memory:MemoryRuleBase"),
+    ("rules", "zen"): Entry("llmos.drivers.rules.zen:ZenRuleBase", "pip install 'llmos[rules]'"),
     ("store", "memory"): Entry("llmos.drivers.stores.memory:MemoryStore"),
     ("store", "postgres"): Entry(
         "llmos.drivers.stores.postgres:PostgresStore", "pip install 'llmos[postgres]'"

@@ -446,6 +446,20 @@ class AsyncKernel:
         found: dict[str, Any] = await self._call("status", timeout_s=BOOT_S)
         return found
 
+    async def top(self) -> dict[str, Any]:
+        """What is used now and by whom: memory, slots, tokens of the last minute, hosts."""
+        found: dict[str, Any] = await self._call("top", timeout_s=30.0)
+        return found
+
+    async def why(self, agent: str) -> dict[str, Any]:
+        """What an agent waits for: a tree of reasons, each with a sentence and its figures.
+
+        Raises:
+            UnknownAgent
+        """
+        found: dict[str, Any] = await self._call("why", agent, timeout_s=60.0)
+        return found
+
     async def metrics(self) -> str:
         """Prometheus text of all processes."""
         return str(await self._call("metrics", timeout_s=30.0))

@@ -202,6 +202,8 @@ class Kernel:
     ps = _sync(AsyncKernel.ps)
     status = _sync(AsyncKernel.status)
     metrics = _sync(AsyncKernel.metrics)
+    top = _sync(AsyncKernel.top)
+    why = _sync(AsyncKernel.why)
     turns = _sync(AsyncKernel.turns)
     turn = _sync(AsyncKernel.turn)
 

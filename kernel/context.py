@@ -18,7 +18,7 @@ from llmos.syscalls.errors import InvalidRequest
 from llmos.syscalls.generate import AnswerGrammar, ChatMessage, Generate, Generated
 from llmos.syscalls.labels import Labels
 from llmos.syscalls.messages import Message, Wire
-from llmos.syscalls.retrieve import Retrieve, Retrieved
+from llmos.syscalls.retrieve import Filter, Retrieve, Retrieved
 from llmos.syscalls.rules import Evaluate, Fact, Verdict
 from llmos.syscalls.schemas import ModelT, ToolLike, answer_schema, describe_all
 from llmos.syscalls.show import Show
@@ -273,10 +273,25 @@ class Context:
         *,
         k: int = 5,
         min_score: float = -1.0,
+        mode: Literal["vector", "lexical", "hybrid"] | None = None,
+        filters: Sequence[Filter] = (),
+        rerank: bool = False,
+        diversity: float = 0.0,
+        explain: bool = False,
         deadline_s: float | None = None,
     ) -> Retrieved:
-        """Passages near the query, best first."""
-        request = Retrieve(corpus=corpus, query=query, k=k, min_score=min_score)
+        """Passages near the query, best first; by vector where no mode is given."""
+        request = Retrieve(
+            corpus=corpus,
+            query=query,
+            k=k,
+            min_score=min_score,
+            mode=mode,
+            filters=tuple(filters),
+            rerank=rerank,
+            diversity=diversity,
+            explain=explain,
+        )
         return await self.call(request, deadline_s)
 
     async def find_nodes(

@@ -7,6 +7,7 @@ so a step with 32 requests in it costs one message per host instead of 32.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections import deque
@@ -28,7 +29,17 @@ from llmos.drivers.protocols import (
 from llmos.drivers.registry import driver
 from llmos.kernel import logs
 from llmos.kernel.encoding import Encoder
-from llmos.kernel.metrics import REQUESTS, TOKENS, Exported, export
+from llmos.kernel.metrics import (
+    ENGINES,
+    REFUSED,
+    REQUEST_WAIT,
+    REQUESTS,
+    TENANT_TOKENS,
+    TOKENS,
+    Exported,
+    export,
+    tenant_label,
+)
 from llmos.kernel.remote import answers
 from llmos.kernel.scheduling import Meter, Scheduling
 from llmos.kernel.usage import Usage
@@ -158,7 +169,10 @@ class DeviceServer:
     async def submit(
         self, client: str, jobs: Sequence[tuple[str, GenerationJob]]
     ) -> list[LlmosError | None]:
-        """Queue jobs for slots; for each its error, or None: its chunks come by :meth:`poll`."""
+        """Queue jobs for slots; for each its error, or None: its chunks come by :meth:`poll`.
+
+        Their ``deadline_s`` are seconds from now, not a time of the sender's clock.
+        """
         state = self._clients.setdefault(client, _Client())
         loop = asyncio.get_running_loop()
         results: list[LlmosError | None] = []
@@ -168,9 +182,12 @@ class DeviceServer:
                 results.append(EngineFailed(slot, f"it is not resident on {self._name}"))
                 continue
 
+            if job.deadline_s is not None:
+                job = dataclasses.replace(job, deadline_s=time.monotonic() + job.deadline_s)
             metered = f"{client}/{job.id}"
             over = self._meter.enter(metered, job, time.monotonic())
             if over is not None:
+                REFUSED.labels(tenant=tenant_label(job.tenant), limit=over.limit).inc()
                 results.append(over)
                 continue
 
@@ -200,16 +217,21 @@ class DeviceServer:
 
     def _deliver(self, client: _Client, slot: str, metered: str, chunk: GenerationChunk) -> None:
         self._usage.told(metered, chunk, time.monotonic())
+        request = self._usage.requests.get(metered)
+        tenant = tenant_label(request.tenant) if request is not None else ""
         if chunk.tokens or chunk.prompt_tokens:
             self._meter.charge(metered, chunk.tokens + chunk.prompt_tokens, time.monotonic())
         if chunk.tokens:
             TOKENS.labels(model=slot, phase="decode").inc(chunk.tokens)
+            TENANT_TOKENS.labels(tenant=tenant, phase="decode").inc(chunk.tokens)
         if chunk.finish is not None:
             self._meter.leave(metered)
             self._usage.ends(metered)
             client.jobs.pop(chunk.job_id, None)
             client.cancelled.discard(chunk.job_id)
             TOKENS.labels(model=slot, phase="prefill").inc(chunk.prompt_tokens)
+            TENANT_TOKENS.labels(tenant=tenant, phase="prefill").inc(chunk.prompt_tokens)
+            REQUEST_WAIT.labels(tenant).observe(chunk.queued_s)
             REQUESTS.labels(model=slot, outcome=chunk.finish).inc()
         client.outbox.append(chunk)
         client.news.set()
@@ -270,6 +292,19 @@ class DeviceServer:
 
     # -- looking
 
+    async def places(self, agent: str) -> dict[str, Any]:
+        """An agent's requests here, where each stands in its engine, and whether its tenant
+        would be refused now."""
+        found = []
+        for request in self._usage.requests.values():
+            engine = self._causal.get(request.slot)
+            if request.agent != agent or engine is None:
+                continue
+            place = engine.place(request.job_id)
+            found.append({"model": request.slot, "turn": request.turn, "place": place})
+        refused = self._meter.refuses(agent.split("/", 1)[0], time.monotonic())
+        return {"requests": found, "refused": refused}
+
     async def statistics(self) -> dict[str, Any]:
         """Memory now, the counters of each slot, how long its steps take, and who used it."""
         usage = self._device.usage()
@@ -285,6 +320,7 @@ class DeviceServer:
 
     async def metrics(self) -> Exported:
         """This process's metrics."""
+        ENGINES.read = lambda: {n: e.statistics() for n, e in self._causal.items()}
         return export(self._name)
 
     async def close(self) -> None:
@@ -295,6 +331,4 @@ class DeviceServer:
 
 
 def _on(options: EngineOptions, torch_device: str) -> EngineOptions:
-    import dataclasses
-
     return dataclasses.replace(options, torch_device=torch_device)

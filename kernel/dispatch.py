@@ -183,6 +183,16 @@ class TurnDispatcher:
         """Seconds until the turn's deadline."""
         return max(0.0, self._began + self._deadline_s - self._clock.monotonic())
 
+    @property
+    def ended(self) -> bool:
+        """Whether its handler has ended, and the turn is being committed."""
+        return self._ended
+
+    def under_way(self) -> list[tuple[int, Request[Any], float]]:
+        """Syscalls that have begun and not ended: number, request, seconds since."""
+        now = self._clock.monotonic()
+        return [(seq, request, now - began) for seq, (request, began, *_) in self._open.items()]
+
     async def call(self, request: Request[ResponseT], deadline_s: float | None) -> ResponseT:
         """Carry out one syscall, or hand back what is recorded of it."""
         seq, args, digest = self._begin(request)
@@ -203,7 +213,7 @@ class TurnDispatcher:
             else:
                 try:
                     async with asyncio.timeout(budget):
-                        response = await self._carry_out(request, seq)
+                        response = await self._carry_out(request, seq, budget)
                     self._in_time()
                 except TimeoutError:
                     raise DeadlineExceeded(f"{request.syscall} of {self.agent}", budget) from None
@@ -217,10 +227,10 @@ class TurnDispatcher:
         self._end(request, seq, response=response)
         return response  # type: ignore[return-value]
 
-    async def _carry_out(self, request: Request[Any], seq: int) -> Response:
+    async def _carry_out(self, request: Request[Any], seq: int, budget_s: float) -> Response:
         handler = HANDLERS[type(request)]
         if request.reach != "visible":
-            return await handler(request, self._caller(seq), self._services)
+            return await handler(request, self._caller(seq, budget_s), self._services)
         await self._log.barrier()
         asking = asyncio.ensure_future(handler(request, self._caller(seq), self._services))
         try:
@@ -352,7 +362,7 @@ class TurnDispatcher:
             digest_of = await self._services.model_digest(request.model)
             self._digest = digest_of
             adapter = await generate.adapter_labels(request, self._caller(seq), self._services)
-            source = generate.stream(live, self._caller(seq), self._services)
+            source = generate.stream(live, self._caller(seq, budget), self._services)
             async with aclosing(source) as stream:  # type: ignore[type-var]
                 while True:
                     patience_s = max(until - self._clock.monotonic(), 0.0)
@@ -617,7 +627,8 @@ class TurnDispatcher:
         remaining = self.remaining_s
         return remaining if deadline_s is None else min(deadline_s, remaining)
 
-    def _caller(self, seq: int) -> Caller:
+    def _caller(self, seq: int, budget_s: float | None = None) -> Caller:
+        until = None if budget_s is None else self._clock.monotonic() + budget_s
         return Caller(
             self.agent,
             _tenant(self.agent),
@@ -626,6 +637,7 @@ class TurnDispatcher:
             self.labels,
             seq,
             again=self._again,
+            deadline_s=until,
         )
 
     def _see(self, response: Response) -> None:

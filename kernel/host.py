@@ -31,6 +31,7 @@ from llmos.kernel.shown import Piece
 from llmos.kernel.system import SystemConfig
 from llmos.kernel.timers import Timers
 from llmos.kernel.turns import Entry, TurnRunner
+from llmos.kernel.waiting import look
 from llmos.syscalls.errors import Busy, DeadlineExceeded
 from llmos.syscalls.messages import Envelope, Reply
 
@@ -315,6 +316,10 @@ class HostServer:
             "activation": self._activations.statistics(),
             "pid": os.getpid(),
         }
+
+    async def why(self, agent: str) -> dict[str, Any]:
+        """What this host has for an agent: turns under way, and what waits, in order."""
+        return look(self._inbox, self._clock, agent)
 
     async def metrics(self) -> Exported:
         """This process's metrics."""

@@ -64,7 +64,7 @@ class Inventory:
         embedders = {c.embedder for c in self._system.corpora.values()}
         specs = []
         for name, table in self._system.models.items():
-            size = 0
+            size, predicted = 0, dict[str, int]()
             threads, place = table.threads, table.device
             if table.needs_files:
                 try:
@@ -76,7 +76,7 @@ class Inventory:
                 self._digests[name], self._paths[name] = files.digest, files.path
                 info = self._infos.get(table.device or "") or self._default_device()
                 self._dtypes[name] = resolve_precision(table.dtype, table.engine, info)
-                size = predict_footprint(
+                footprint = predict_footprint(
                     files.path,
                     kind=table.kind,
                     dtype=self._dtypes[name],
@@ -86,7 +86,9 @@ class Inventory:
                     max_adapters=table.max_adapters,
                     max_adapter_rank=table.max_adapter_rank,
                     weights=table.weights,
-                ).total_bytes
+                    device=info.kind,
+                )
+                size, predicted = footprint.total_bytes, footprint.by_purpose
             elif table.remote is not None:
                 try:
                     table.remote.options(name, os.environ)
@@ -111,6 +113,7 @@ class Inventory:
                     pinned=name in embedders,
                     threads=threads,
                     device=place,
+                    predicted=predicted,
                 )
             )
         return specs

@@ -10,23 +10,31 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from llmos.drivers.documents import reader
 from llmos.drivers.errors import LlmosError
-from llmos.drivers.graphs.load import load_triples
+from llmos.drivers.graphs.load import load_graph
 from llmos.drivers.protocols import Edge, Graph, Node, Passage, Skipped, VectorIndex, Vectors
 from llmos.drivers.registry import driver
+from llmos.drivers.retrieval import fitted
+from llmos.drivers.retrieval.bm25 import best
+from llmos.drivers.retrieval.filters import fits_all
+from llmos.drivers.retrieval.fitted import Fitted
+from llmos.drivers.retrieval.fusion import Leg
+from llmos.drivers.retrieval.search import DEPTH, Searcher
 from llmos.kernel import logs
 from llmos.kernel.directory import Directory, DirectoryHolder
 from llmos.kernel.metrics import Exported, export
 from llmos.kernel.remote import ProcessGone, answers, call
 from llmos.kernel.system import CorpusTable, GraphTable, RulesTable, SystemConfig
-from llmos.syscalls.base import Hit
-from llmos.syscalls.errors import EmptyCorpus, UnknownResource
+from llmos.syscalls.base import GraphQuestion, Hit, Search
+from llmos.syscalls.errors import EmptyCorpus, InvalidRequest, UnknownResource
 from llmos.syscalls.labels import Labels
 
 log = logging.getLogger("llmos.knowledge")
@@ -41,6 +49,12 @@ class _Corpus:
     passages: dict[str, Passage] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     index: VectorIndex | None = None
+    order: list[Passage] = field(default_factory=list)
+    """The passages by position, as the searcher names them."""
+    places: dict[str, int] = field(default_factory=dict)
+    """Position of each by id."""
+    searcher: Searcher | None = None
+    fitted: Fitted | None = None
     error: LlmosError | None = None
     read: asyncio.Event = field(default_factory=asyncio.Event)
     """The documents have been read, or cannot be."""
@@ -58,6 +72,48 @@ class _Graph:
     graph: Graph | None = None
     error: LlmosError | None = None
     done: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def _search(
+    corpus: _Corpus, query: str, vector: Vectors | None, k: int, search: Search
+) -> list[Hit]:
+    """The passages that a search finds; ``vector`` is one row, if the mode needs it."""
+    searcher, index = corpus.searcher, corpus.index
+    assert searcher is not None
+    assert index is not None
+    depth = max(DEPTH, 4 * k)
+    allowed = None
+    if search.conditions:
+        allowed = np.fromiter(
+            (fits_all(search.conditions, p.meta) for p in corpus.order), bool, len(corpus.order)
+        )
+    legs: dict[str, Leg] = {}
+    if search.mode != "vector":
+        legs["lexical"] = searcher.lexical(query, depth, allowed)
+    if search.mode != "lexical":
+        assert vector is not None
+        if allowed is None:
+            place = corpus.places
+            (near,) = index.search(vector, depth)
+            positions = np.array([place[h.id] for h in near], dtype=np.intp)
+            scores = np.array([h.score for h in near], dtype=np.float32)
+        else:
+            # All that may be found are compared, and not the nearest sifted: a condition that
+            # few passages fit would leave nothing of those.
+            positions = np.flatnonzero(allowed)
+            scores = index.rows([corpus.order[p].id for p in positions.tolist()]) @ vector[0]
+            chosen = best(scores, depth)
+            positions, scores = positions[chosen], scores[chosen]
+        legs["vector"] = Leg(positions, scores)
+    found = searcher.search(
+        query,
+        None if vector is None else vector[0],
+        legs,
+        k,
+        rerank=search.rerank,
+        diversity=search.diversity,
+    )
+    return [Hit(corpus.order[f.position], f.score, f) for f in found]
 
 
 class KnowledgeServer:
@@ -127,7 +183,7 @@ class KnowledgeServer:
 
     def _load_graph(self, name: str, table: GraphTable) -> Graph:
         graph: Graph = driver("graph", table.driver)(name)
-        nodes, edges = load_triples(self._system.at(table.path))
+        nodes, edges = load_graph(self._system.at(table.path))
         graph.upsert(nodes, edges)
         log.info("graph %s: %d nodes, %d edges", name, *graph.size())
         return graph
@@ -141,6 +197,8 @@ class KnowledgeServer:
         for skipped in corpus.skipped:
             log.warning("corpus %s: %s is left out: %s", name, skipped.path, skipped.reason)
         corpus.passages = {p.id: p for p in passages}
+        if table.fusion is not None:
+            corpus.fitted = await asyncio.to_thread(fitted.load, self._system.at(table.fusion))
         if not passages:
             log.warning("corpus %s is empty", name)
 
@@ -170,6 +228,15 @@ class KnowledgeServer:
                 await asyncio.to_thread(index.upsert, [p.id for p in part], vectors)
                 corpus.embedded = at + len(part)
             await asyncio.to_thread(index.save, folder, digest)
+        corpus.order = passages
+        corpus.places = {p.id: n for n, p in enumerate(passages)}
+        corpus.searcher = await asyncio.to_thread(
+            Searcher,
+            [p.text for p in passages],
+            [p.title for p in passages],
+            lambda positions: index.rows([passages[p].id for p in positions]),
+            corpus.fitted,
+        )
         corpus.index = index
         corpus.embedded = len(passages)
         corpus.seconds = loop.time() - started
@@ -233,12 +300,13 @@ class KnowledgeServer:
 
     @answers
     async def retrieve(
-        self, tenant: str, corpus: str, query: str, k: int
+        self, tenant: str, corpus: str, query: str, k: int, search: Search | None = None
     ) -> tuple[list[Hit], Labels]:
-        """The k nearest passages, best first.
+        """The k best passages, best first; nearest by vector where nothing else is asked for.
 
         Raises:
             UnknownResource, EmptyCorpus; DocumentError if the corpus could not be read.
+            InvalidRequest: a reranker is asked for, and none has been fitted.
         """
         table: CorpusTable = self._visible("corpus", corpus, tenant)
         holder = self._corpora[corpus]
@@ -248,9 +316,19 @@ class KnowledgeServer:
         if holder.index is None:
             skipped = [f"{s.path}: {s.reason}" for s in holder.skipped]
             raise EmptyCorpus(corpus, str(self._system.at(table.path)), skipped)
-        vector = await self._embed(table.embedder, [query])
-        (hits,) = await asyncio.to_thread(holder.index.search, vector, k)
-        return [Hit(holder.passages[h.id], h.score) for h in hits], table.labels
+        if search is None:
+            vector = await self._embed(table.embedder, [query])
+            (hits,) = await asyncio.to_thread(holder.index.search, vector, k)
+            return [Hit(holder.passages[h.id], h.score) for h in hits], table.labels
+        if search.rerank and (holder.fitted is None or holder.fitted.reranker is None):
+            raise InvalidRequest(
+                "retrieve", "rerank", f"no reranker has been fitted for the corpus {corpus!r}"
+            )
+        # The words alone need no model: they are found while it is being restarted.
+        asked: Vectors | None = None
+        if search.mode != "lexical" or search.rerank:
+            asked = await self._embed(table.embedder, [query])
+        return await asyncio.to_thread(_search, holder, query, asked, k, search), table.labels
 
     async def _graph(self, tenant: str, name: str) -> tuple[Graph, Labels]:
         table: GraphTable = self._visible("graph", name, tenant)
@@ -298,6 +376,21 @@ class KnowledgeServer:
             return opened.paths(start, end, max_hops=max_hops, limit=limit)
 
         return await asyncio.to_thread(read), labels
+
+    @answers
+    async def ask_graph(
+        self, tenant: str, graph: str, question: GraphQuestion, arguments: dict[str, Any]
+    ) -> tuple[Any, Labels]:
+        """The answer of the graph's method of that name."""
+        opened, labels = await self._graph(tenant, graph)
+        # Named one by one: what may be asked is decided here, not by the caller's text.
+        methods: dict[str, Callable[..., Any]] = {
+            "link": opened.link,
+            "subgraph": opened.subgraph,
+            "match": opened.match,
+            "pagerank": opened.pagerank,
+        }
+        return await asyncio.to_thread(methods[question], **arguments), labels
 
     @answers
     async def rules_source(self, tenant: str, name: str) -> tuple[str, str, str, Labels]:

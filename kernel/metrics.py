@@ -3,18 +3,48 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from prometheus_client.core import HistogramMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
+
+from llmos.drivers.protocols import EngineStatistics
 
 REGISTRY = CollectorRegistry()
 """Only what LLM OS itself counts: not the default registry, which Ray also writes to."""
 
 _SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+MAX_TENANTS = 200
+"""Tenants that have series of their own in one process; all others share ``OTHERS``."""
+OTHERS = "(others)"
+
+
+class Bounded:
+    """Values of a label, the first so many that come: every one costs memory here and in
+    whoever reads the metrics, for ever."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._known: set[str] = set()
+
+    def __call__(self, value: str) -> str:
+        """The value itself, or ``OTHERS``."""
+        if value in self._known:
+            return value
+        if len(self._known) >= self._most:
+            return OTHERS
+        self._known.add(value)
+        return value
 
 
 class Tally:
@@ -85,6 +115,24 @@ REQUESTS = Counter(
     ("model", "outcome"),
     registry=REGISTRY,
 )
+TENANT_TOKENS = Counter(
+    "llmos_tenant_tokens",
+    "Tokens through causal engines by tenant",
+    ("tenant", "phase"),
+    registry=REGISTRY,
+)
+REQUEST_WAIT = Tallies(
+    "llmos_request_wait_seconds",
+    "Requests to causal engines, from their arrival to their first step",
+    ("tenant",),
+)
+REFUSED = Counter(
+    "llmos_refused_requests",
+    "Requests that a tenant's quota has refused",
+    ("tenant", "limit"),
+    registry=REGISTRY,
+)
+tenant_label = Bounded(MAX_TENANTS)
 EMBED_BATCH = Histogram(
     "llmos_embed_batch_texts",
     "Texts per round of an encoder: one or two forward passes",
@@ -105,7 +153,69 @@ RESTARTS = Counter("llmos_process_lost", "Processes lost", ("process",), registr
 MEMORY = Gauge(
     "llmos_device_bytes", "Memory of a device by owner", ("device", "owner"), registry=REGISTRY
 )
+PREDICTION = Gauge(
+    "llmos_slot_prediction_error",
+    "How far the predicted memory of a model was off, as a part of what was measured",
+    ("model",),
+    registry=REGISTRY,
+)
+SLOT = Gauge(
+    "llmos_slot_state", "1 for the state that a slot is in", ("model", "state"), registry=REGISTRY
+)
+EVICTIONS = Counter(
+    "llmos_slot_evictions", "Models taken off their device", ("model",), registry=REGISTRY
+)
+LEDGER = Gauge(
+    "llmos_ledger_bytes",
+    "Memory of a device by owner, as it was reserved and as it was measured",
+    ("device", "owner", "kind"),
+    registry=REGISTRY,
+)
 AGENTS = Gauge("llmos_agents", "Agents by state", ("state",), registry=REGISTRY)
+
+
+class Engines(Collector):
+    """Queues, KV caches and counters of the engines of a device, read when they are asked for."""
+
+    def __init__(self) -> None:
+        self.read: Callable[[], Mapping[str, EngineStatistics]] = dict
+        """The statistics of each causal engine by model."""
+        REGISTRY.register(self)
+
+    def collect(self) -> Iterable[Metric]:
+        """The figures now."""
+        requests = GaugeMetricFamily(
+            "llmos_engine_queue",
+            "Requests in a causal engine, running or waiting",
+            labels=("model", "state"),
+        )
+        kv = GaugeMetricFamily(
+            "llmos_kv_tokens", "Tokens of KV cache by state", labels=("model", "state")
+        )
+        adapters = GaugeMetricFamily(
+            "llmos_resident_adapters", "Adapters resident in an engine", labels=("model",)
+        )
+        preempted = CounterMetricFamily(
+            "llmos_preemptions", "Requests put back into the queue for another", labels=("model",)
+        )
+        cached = CounterMetricFamily(
+            "llmos_cached_prompt_tokens", "Prompt tokens found in the cache", labels=("model",)
+        )
+        steps = CounterMetricFamily("llmos_engine_steps", "Steps of an engine", labels=("model",))
+        for model, found in self.read().items():
+            requests.add_metric((model, "running"), found.running)
+            requests.add_metric((model, "waiting"), found.waiting)
+            kv.add_metric((model, "capacity"), found.kv_tokens)
+            kv.add_metric((model, "used"), found.kv_tokens_used)
+            kv.add_metric((model, "cached"), found.kv_tokens_cached)
+            adapters.add_metric((model,), len(found.adapters))
+            preempted.add_metric((model,), found.preempted)
+            cached.add_metric((model,), found.cached_prompt_tokens)
+            steps.add_metric((model,), found.steps)
+        return [requests, kv, adapters, preempted, cached, steps]
+
+
+ENGINES = Engines()
 
 
 class Exported(NamedTuple):

@@ -49,6 +49,11 @@ class Meter:
         over = self._accounts.enter(key, (_owner(job.tenant),), now_s)
         return None if over is None else _error(over)
 
+    def refuses(self, tenant: str, now_s: float) -> OverQuota | None:
+        """Why a job of a tenant would be refused now; None: it would not."""
+        over = self._accounts.over((_owner(tenant),), now_s)
+        return None if over is None else _error(over)
+
     def charge(self, key: str, tokens: int, now_s: float) -> None:
         """A job has used tokens."""
         self._accounts.charge(key, tokens, 0.0, now_s)

@@ -39,7 +39,7 @@ from llmos.kernel.core.types import DeviceSpec, ProcessKind, ProcessState
 from llmos.kernel.inventory import Inventory
 from llmos.kernel.looking import Looking
 from llmos.kernel.manifest import Manifest
-from llmos.kernel.metrics import RESTARTS, MetricsEndpoint
+from llmos.kernel.metrics import EVICTIONS, RESTARTS, MetricsEndpoint
 from llmos.kernel.nodes import NodeDrain, Nodes
 from llmos.kernel.program import ProgramError
 from llmos.kernel.remote import Handle, ProcessGone, answers, call
@@ -47,6 +47,7 @@ from llmos.kernel.router import Location
 from llmos.kernel.settings import Settings
 from llmos.kernel.slots import Slots
 from llmos.kernel.system import AgentTable, SystemConfig
+from llmos.kernel.why import Why
 from llmos.syscalls.errors import DeadlineExceeded, UnknownAgent
 from llmos.syscalls.exits import Exited
 from llmos.syscalls.messages import Envelope, Wire
@@ -61,7 +62,7 @@ START_S = 120.0
 """A process that has not come up after so long is killed."""
 
 
-class KernelServer(Inventory, Slots, Looking, NodeDrain):
+class KernelServer(Inventory, Slots, Looking, Why, NodeDrain):
     """The control plane of one system. A Ray actor."""
 
     def __init__(self, system: SystemConfig, settings: Settings, home: Node | None = None) -> None:
@@ -458,6 +459,7 @@ class KernelServer(Inventory, Slots, Looking, NodeDrain):
             case act.LoadSlot():
                 self._spawn(self._load(action))
             case act.UnloadSlot():
+                EVICTIONS.labels(model=action.slot).inc()
                 self._spawn(self._unload(action))
             case act.ForgetClient():
                 for name, handle in self._handles.items():

@@ -29,9 +29,10 @@ from llmos.kernel.clock import Clock, next_due
 from llmos.kernel.directory import DirectoryHolder
 from llmos.kernel.remote import Handle, ProcessGone, call
 from llmos.kernel.router import Router
+from llmos.kernel.rulebases import RuleBases, Source
 from llmos.kernel.shown import Shown
 from llmos.kernel.system import ToolTable
-from llmos.syscalls.base import Hit
+from llmos.syscalls.base import GraphQuestion, Hit, Search
 from llmos.syscalls.deferred import Deferred
 from llmos.syscalls.errors import (
     DeadlineExceeded,
@@ -141,7 +142,7 @@ class RemoteServices:
         self._links: dict[str, tuple[int, DeviceLink]] = {}
         """By device, with the incarnation of its process. One link each: two polls of one
         client would share its chunks between them."""
-        self._rules: dict[tuple[str, str], tuple[RuleBase, Labels]] = {}
+        self._rules = RuleBases(self._rules_source)
         self._tools: dict[str, Tool] = {}
         self.shown = Shown()
         self._outbox: list[Deferred] | None = None
@@ -161,6 +162,10 @@ class RemoteServices:
         if job.adapter:
             adapter = await self._directory.adapter(job.tenant, model, job.adapter)
             job = dataclasses.replace(job, adapter=adapter.resident)
+        if job.deadline_s is not None:
+            # As seconds left: the clocks of two machines have nothing in common.
+            left_s = max(0.0, job.deadline_s - self._clock.monotonic())
+            job = dataclasses.replace(job, deadline_s=left_s)
         device = route.device or ""
         incarnation, link = self._links.get(device, (0, None))
         if link is None or incarnation != route.incarnation:
@@ -219,12 +224,11 @@ class RemoteServices:
                 await self._directory.newer(version)
 
     async def retrieve(
-        self, tenant: str, corpus: str, query: str, k: int
+        self, tenant: str, corpus: str, query: str, k: int, search: Search | None = None
     ) -> tuple[list[Hit], Labels]:
         """The k nearest passages."""
-        found: tuple[list[Hit], Labels] = await self._knowledge(
-            "retrieve", tenant, corpus, query, k
-        )
+        args = (tenant, corpus, query, k) if search is None else (tenant, corpus, query, k, search)
+        found: tuple[list[Hit], Labels] = await self._knowledge("retrieve", *args)
         return found
 
     async def find_nodes(
@@ -254,6 +258,15 @@ class RemoteServices:
         )
         return found
 
+    async def ask_graph(
+        self, tenant: str, graph: str, question: GraphQuestion, arguments: Mapping[str, Any]
+    ) -> tuple[Any, Labels]:
+        """The answer of the graph's method of that name."""
+        answer: tuple[Any, Labels] = await self._knowledge(
+            "ask_graph", tenant, graph, question, dict(arguments)
+        )
+        return answer
+
     async def check_stores(self, tenant: str, stores: Sequence[str]) -> None:
         """Whether a program's stores are there; rule bases are read at once."""
         await self._knowledge("check", tenant, [s for s in stores if not s.startswith("tool:")])
@@ -265,13 +278,12 @@ class RemoteServices:
                 await self.tool(tenant, name)
 
     async def rule_base(self, tenant: str, name: str) -> tuple[RuleBase, Labels]:
-        """A rule base, read once per host: rules are evaluated where the turn runs."""
-        known = self._rules.get((tenant, name))
-        if known is None:
-            driver_name, file, source, labels = await self._knowledge("rules_source", tenant, name)
-            base: RuleBase = await asyncio.to_thread(driver("rules", driver_name), file, source)
-            known = self._rules[(tenant, name)] = (base, labels)
-        return known
+        """A rule base as its file is now: rules are evaluated where the turn runs."""
+        return await self._rules.get(tenant, name)
+
+    async def _rules_source(self, tenant: str, name: str) -> Source:
+        source: Source = await self._knowledge("rules_source", tenant, name)
+        return source
 
     # -- agents
 

@@ -80,7 +80,7 @@ class Slots(Adapters):
                 now=self._clock.monotonic(),
                 cause=action.cause,
                 slot=action.slot,
-                measured_bytes=measured,
+                measured=measured,
             )
         self._apply(event)
         await self._announce()

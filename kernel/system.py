@@ -232,6 +232,9 @@ class CorpusTable(_Resource):
     driver: Annotated[str, _driver("vector")] = "faiss"
     max_chars: int = Field(default=900, ge=100, le=20_000)
     """Longest passage."""
+    fusion: Path | None = None
+    """What ``benchmarks.retrieval --save`` has fitted, relative to the system file; without it
+    the legs are fused by their ranks, and nothing is reranked."""
 
 
 class AdapterTable(_Resource):

@@ -123,6 +123,8 @@ class Entry:
     """What happened at each attempt in this host."""
     store_failed: bool = False
     """Whether its turn ran, and the store could not keep it."""
+    dispatcher: TurnDispatcher | None = None
+    """Of the turn under way; for people who look."""
 
 
 class Ending(enum.Enum):
@@ -207,6 +209,7 @@ class TurnRunner:
             began_at=began_at,
             again=entry.again,
         )
+        entry.dispatcher = dispatcher
         base = active.changes
         reply, error, state = await self._handle(active, entry, dispatcher)
         whole = error is None or not isinstance(error, Cancelled | DeadlineExceeded)

@@ -18,7 +18,19 @@ from rich.text import Text
 from llmos.drivers.errors import LlmosError
 from llmos.kernel.settings import Settings
 from llmos.kernel.system import SystemConfig
-from llmos.shell import adapters, exits, models, operate, records, render, starting
+from llmos.shell import (
+    adapters,
+    exits,
+    graphs,
+    models,
+    operate,
+    records,
+    render,
+    rules,
+    starting,
+    top,
+    why,
+)
 from llmos.shell.common import Address, AsJson, System, connected, print_json
 from llmos.syscalls.messages import Wire
 
@@ -34,6 +46,8 @@ app = typer.Typer(
 )
 app.add_typer(models.app, name="models")
 app.add_typer(adapters.app, name="adapters")
+app.add_typer(rules.app, name="rules")
+app.add_typer(graphs.app, name="graph")
 app.add_typer(records.audit_app, name="audit")
 app.add_typer(operate.dlq_app, name="dlq")
 app.add_typer(operate.effects_app, name="effects")
@@ -358,7 +372,7 @@ def version() -> None:
 
 
 for command in (
-    *(records.strace, records.replay),
+    *(records.strace, records.replay, top.top, why.why_waiting),
     *(operate.held, operate.release, operate.timers, operate.mail),
     *(operate.backup, operate.restore, operate.drain, operate.rebalance),
 ):

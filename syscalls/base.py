@@ -8,9 +8,9 @@ business (:mod:`llmos.kernel.dispatch`), the same for all.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
         Tool,
         Vectors,
     )
+    from llmos.drivers.retrieval.filters import Condition, Mode
+    from llmos.drivers.retrieval.search import Found
     from llmos.syscalls.deferred import Deferred
     from llmos.syscalls.messages import Envelope, Reply
 
@@ -101,6 +103,20 @@ class Caller:
     again in another turn."""
     again: bool = False
     """Whether an earlier run of this turn was cut off, and may have made this syscall."""
+    deadline_s: float | None = None
+    """``time.monotonic`` of this machine by which it is wanted; None: not said."""
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """How a corpus is searched, where it is not by vectors alone."""
+
+    mode: Mode = "vector"
+    conditions: tuple[Condition, ...] = ()
+    """All must hold."""
+    rerank: bool = False
+    diversity: float = 0.0
+    """0: by score alone, 1: by unlikeness alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +125,14 @@ class Hit:
 
     passage: Passage
     score: float
-    """Cosine similarity of query and passage, -1 to 1."""
+    """Cosine similarity of query and passage, -1 to 1; with a :class:`Search` what its mode
+    orders by."""
+    found: Found | None = None
+    """How it came here; with a :class:`Search` alone."""
+
+
+GraphQuestion: TypeAlias = Literal["link", "subgraph", "match", "pagerank"]
+"""Methods of :class:`~llmos.drivers.protocols.Graph`."""
 
 
 class Services(Protocol):
@@ -144,7 +167,7 @@ class Services(Protocol):
         ...
 
     async def retrieve(
-        self, tenant: str, corpus: str, query: str, k: int
+        self, tenant: str, corpus: str, query: str, k: int, search: Search | None = None
     ) -> tuple[list[Hit], Labels]:
         """The k passages nearest to the query, best first, and the corpus's labels."""
         ...
@@ -165,6 +188,12 @@ class Services(Protocol):
         self, tenant: str, graph: str, start: str, end: str, max_hops: int, limit: int
     ) -> tuple[list[list[Edge]], Labels]:
         """Paths between two nodes."""
+        ...
+
+    async def ask_graph(
+        self, tenant: str, graph: str, question: GraphQuestion, arguments: Mapping[str, Any]
+    ) -> tuple[Any, Labels]:
+        """The answer of the graph's method of that name."""
         ...
 
     async def rule_base(self, tenant: str, name: str) -> tuple[RuleBase, Labels]:

@@ -183,6 +183,7 @@ class Generate(Request[Generated]):
             tenant=caller.tenant,
             agent=caller.agent,
             turn=caller.turn,
+            deadline_s=caller.deadline_s,
             tools=tuple(
                 ToolSpec(t.name, t.description, json.dumps(t.parameters, ensure_ascii=False))
                 for t in self.tools

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig
@@ -28,6 +28,7 @@ from llmos.drivers.engines.book import Outcomes
 from llmos.drivers.engines.calibration import calibrate
 from llmos.drivers.engines.checks import check_job
 from llmos.drivers.engines.lora import ResidentAdapter
+from llmos.drivers.engines.place import Need, entry_s
 from llmos.drivers.engines.prefixes import KEEP_S, Pauses
 from llmos.drivers.engines.prompts import PromptEncoder
 from llmos.drivers.engines.queue import Fifo
@@ -52,6 +53,7 @@ from llmos.drivers.protocols import (
     GenerationChunk,
     GenerationJob,
     Grammar,
+    JobPlace,
     QueuedRequest,
     QueuePolicy,
     StepTime,
@@ -305,6 +307,43 @@ class TransformersCausalEngine:
             if done.cancel():
                 raise EngineFailed(self._options.model, "its step does not end") from None
             done.result(BETWEEN_STEPS_TIMEOUT_S)  # It had just begun.
+
+    def place(self, job_id: str) -> JobPlace | None:
+        """Where a job is and what it waits for; None: it is not here."""
+        with self._wake:
+            running = self._inside.get(job_id)
+            if running is None or self._broken:
+                return None
+            now = time.monotonic()
+            sequence, key = running.sequence, running.sequence.key
+            free = self._kv_tokens - self._stepper.cache.used_tokens
+            state: Literal["waiting", "running", "paused"] = "running"
+            position, reason, estimate = 0, "", None
+            if sequence.paused:
+                state = "paused"
+            elif key in self._queued:
+                standing = self._policy.standing(key, now)
+                state, position = "waiting", len(standing.before) + 1
+                reason = standing.reason
+                estimate = entry_s(
+                    free,
+                    [_need(self._queued[k]) for k in (*standing.before, key)],
+                    [_need(r) for r in self._running.values()],
+                    self._times.fit(),
+                    self._stepper.cache.used_tokens,
+                )
+            return JobPlace(
+                state,
+                position,
+                reason,
+                waited_s=now - running.submitted_s,
+                running=len(self._running),
+                new_tokens=sequence.new_tokens,
+                max_new_tokens=sequence.max_new_tokens,
+                kv_needed=sequence.cache_tokens,
+                kv_free=free,
+                estimate_s=estimate,
+            )
 
     def step_time(self) -> StepTime | None:
         """How long steps take, as measured so far; None: nothing was measured yet."""
@@ -683,6 +722,16 @@ class TransformersCausalEngine:
                 done.set_exception(EngineFailed(self._options.model, reason))
         for running in left:
             self._end(running, "error", error=EngineFailed(self._options.model, reason))
+
+
+def _need(running: _Running) -> Need:
+    """What a job holds or needs of the cache, and the steps that it may still take."""
+    sequence = running.sequence
+    return Need(
+        sequence.cache_tokens,
+        max(0, len(sequence.tokens) - sequence.read),
+        max(0, sequence.max_new_tokens - sequence.new_tokens),
+    )
 
 
 def _end_tokens(options: EngineOptions, model: Any) -> list[int]:

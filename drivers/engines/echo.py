@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 from llmos.drivers.engines.book import Outcomes
 from llmos.drivers.engines.checks import check_job, check_prompt
@@ -36,6 +37,7 @@ from llmos.drivers.protocols import (
     FinishReason,
     GenerationChunk,
     GenerationJob,
+    JobPlace,
     QueuedRequest,
     QueuePolicy,
     StepTime,
@@ -240,6 +242,34 @@ class EchoEngine:
     def unload_adapter(self, name: str) -> None:
         """Raises UnknownAdapter."""
         raise UnknownAdapter(self._options.model, name, ())
+
+    def place(self, job_id: str) -> JobPlace | None:
+        """Where a job is and what it waits for; None: it is not here."""
+        with self._wake:
+            echo = self._inside.get(job_id)
+            if echo is None:
+                return None
+            now = time.monotonic()
+            state: Literal["waiting", "running", "paused"] = "running"
+            position, reason = 0, ""
+            if echo.paused:
+                state = "paused"
+            elif echo.key in self._queued:
+                standing = self._policy.standing(echo.key, now)
+                state, position = "waiting", len(standing.before) + 1
+                reason = standing.reason
+            held = sum(e.kv_tokens for e in self._running.values())
+            return JobPlace(
+                state,
+                position,
+                reason,
+                waited_s=now - echo.submitted,
+                running=len(self._running),
+                new_tokens=echo.new_tokens,
+                max_new_tokens=echo.job.params.max_new_tokens,
+                kv_needed=echo.kv_tokens,
+                kv_free=self._options.kv_tokens - held,
+            )
 
     def step_time(self) -> StepTime | None:
         """None: a step takes as long as its pause."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmos.drivers.protocols import QueuedRequest
+from llmos.drivers.protocols import QueuedRequest, Standing
 
 
 class Fifo:
@@ -40,3 +40,8 @@ class Fifo:
     def victim(self, running: Sequence[QueuedRequest], now_s: float) -> str | None:
         """Nobody."""
         return None
+
+    def standing(self, key: str, now_s: float) -> Standing:
+        """After those that came before."""
+        order = list(self._waiting)
+        return Standing(tuple(order[: order.index(key)]), "jobs enter in order of arrival")

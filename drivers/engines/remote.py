@@ -36,7 +36,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx2
 
@@ -72,6 +72,7 @@ from llmos.drivers.protocols import (
     FinishReason,
     GenerationChunk,
     GenerationJob,
+    JobPlace,
     QueuedRequest,
     QueuePolicy,
     RemoteOptions,
@@ -375,6 +376,32 @@ class RemoteEngine:
             if name not in self._adapters:
                 raise UnknownAdapter(self._options.model, name, self._adapters)
             self._adapters.remove(name)
+
+    def place(self, job_id: str) -> JobPlace | None:
+        """Where a job is and what it waits for: what the server does with it is not known."""
+        with self._lock:
+            entry = self._inside.get(job_id)
+            if entry is None:
+                return None
+            now = time.monotonic()
+            state: Literal["waiting", "running", "paused"] = "running"
+            position, reason = 0, ""
+            if entry.key in self._waiting:
+                standing = self._policy.standing(entry.key, now)
+                state, position = "waiting", len(standing.before) + 1
+                reason = f"{standing.reason}; the server is asked for "
+                reason += f"{self._remote.max_concurrent} answers at a time"
+            elif entry.paused:
+                state = "paused"
+            return JobPlace(
+                state,
+                position,
+                reason,
+                waited_s=now - entry.submitted,
+                running=len(self._running),
+                new_tokens=entry.counted,
+                max_new_tokens=entry.job.params.max_new_tokens,
+            )
 
     def step_time(self) -> StepTime | None:
         """None: what a server does in a step is not seen from here."""

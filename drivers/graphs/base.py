@@ -1,4 +1,4 @@
-"""What knowledge graphs in memory have in common, whatever holds their nodes and edges.
+"""What knowledge graphs have in common, whatever holds their nodes and edges.
 
 Every method takes one lock: the work under it is short and bounded, and a caller
 always sees whole upserts.
@@ -9,27 +9,35 @@ from __future__ import annotations
 import abc
 import heapq
 import threading
-from collections import deque
-from collections.abc import Iterator, Sequence
-from typing import Literal, TypeAlias
+from collections.abc import Mapping, Sequence
 
 from llmos.drivers.errors import UnknownNode
+from llmos.drivers.graphs.edges import (
+    CHUNK,
+    MAX_EXPANSIONS,
+    Direction,
+    Key,
+    chunked,
+    holds,
+    key_of,
+)
+from llmos.drivers.graphs.matching import Matching
 from llmos.drivers.graphs.names import NameIndex
-from llmos.drivers.protocols import Edge, Node
-
-Direction: TypeAlias = Literal["out", "in", "both"]
-
-MAX_EXPANSIONS = 200_000
-"""Edges that one :meth:`BaseGraph.paths` looks at before it returns what it has found."""
+from llmos.drivers.graphs.ranking import personalised
+from llmos.drivers.protocols import Edge, Mention, Node, Triple
 
 
 class BaseGraph(abc.ABC):
-    """A graph over an adjacency that a subclass keeps."""
+    """A graph over nodes and edges that a subclass keeps.
+
+    The subclass answers for many nodes at once, so that one that asks a database needs
+    one query a step. All order and all limits are made here, so drivers agree.
+    """
 
     def __init__(self, name: str) -> None:
         """An empty graph; ``name`` is what errors call it."""
         self._name = name
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._names = NameIndex()
 
     def upsert(self, nodes: Sequence[Node], edges: Sequence[Edge]) -> None:
@@ -38,27 +46,50 @@ class BaseGraph(abc.ABC):
         Edges are a set: the same (subject, relation, object) is kept once, as given last.
         """
         with self._lock:
-            for node in nodes:
-                self._replace(node)
-            for edge in edges:
-                for end in (edge.subject, edge.object):
-                    if self._get(end) is None:
-                        self._replace(Node(end, end, "", edge.source, edge.version))
-                self._put_edge(edge)
+            new = {node.id: node for node in nodes}
+            told = {(e.subject, e.relation, e.object): e for e in edges}
+            ends = {end: e for e in reversed(told.values()) for end in (e.object, e.subject)}
+            known = self._get([*new, *ends])
+            for end, edge in ends.items():
+                if end not in known and end not in new:
+                    new[end] = Node(end, end, "", edge.source, edge.version)
+            self._put(list(new.values()), list(told.values()), known)
+            for node in new.values():
+                if (old := known.get(node.id)) is not None:
+                    for name in dict.fromkeys((old.name, *old.synonyms)):
+                        self._names.remove(old.id, name)
+                for name in dict.fromkeys((node.name, *node.synonyms)):
+                    self._names.add(node.id, name)
 
     def node(self, node_id: str) -> Node:
         """The node. Raises UnknownNode."""
         with self._lock:
-            return self._known(node_id)
+            return self._known([node_id])[node_id]
 
     def find(self, text: str, limit: int = 10) -> list[Node]:
-        """Nodes whose name occurs in the text as whole words, any case; longest names first.
+        """Nodes whose name or synonym occurs in the text as whole words, any case.
 
-        Punctuation between the words and a plural ``s`` make no difference.
+        Longest names first. Punctuation between the words and a plural ``s`` make no
+        difference.
         """
         with self._lock:
-            nodes = [self._known(i) for i in self._names.find(text)]
+            nodes = self._known(sorted(self._names.find(text))).values()
         return heapq.nsmallest(limit, nodes, key=lambda n: (-len(n.name), n.name, n.id))
+
+    def link(self, text: str, limit: int = 10) -> list[Mention]:
+        """Where the text names nodes: the longest names, from left to right, none in another.
+
+        A name that several nodes have is a mention of each of them, by id.
+        """
+        with self._lock:
+            spans = self._names.spans(text)
+            nodes = self._known(sorted({i for _, _, ids in spans for i in ids}))
+        found = [
+            Mention(start, end, text[start:end], nodes[i])
+            for start, end, ids in spans
+            for i in sorted(ids)
+        ]
+        return found[:limit]
 
     def neighbours(
         self,
@@ -67,22 +98,31 @@ class BaseGraph(abc.ABC):
         relation: str | None = None,
         direction: Direction = "both",
         limit: int = 100,
+        at: float | None = None,
     ) -> list[tuple[Edge, Node]]:
         """Edges at a node with the node at the other end, ordered by (relation, name, id).
 
-        Raises UnknownNode.
+        ``at``: only edges that hold at this time. Raises UnknownNode.
         """
         with self._lock:
-            self._known(node_id)
-            found = (
-                (edge, self._known(other))
-                for edge, other in self._edges_at(node_id, direction)
-                if relation is None or edge.relation == relation
-            )
+            self._known([node_id])
+            edges = [
+                edge
+                for edge in self._edges_of([node_id], direction, MAX_EXPANSIONS)
+                if (relation is None or edge.relation == relation) and holds(edge, at)
+            ]
+            others = self._known([_other(edge, node_id) for edge in edges])
+            found = ((edge, others[_other(edge, node_id)]) for edge in edges)
             return heapq.nsmallest(limit, found, key=_order)
 
     def paths(
-        self, start: str, end: str, *, max_hops: int = 3, limit: int = 10
+        self,
+        start: str,
+        end: str,
+        *,
+        max_hops: int = 3,
+        limit: int = 10,
+        at: float | None = None,
     ) -> list[list[Edge]]:
         """Simple paths, edges taken in either direction, shortest first. Raises UnknownNode.
 
@@ -90,46 +130,111 @@ class BaseGraph(abc.ABC):
         ``MAX_EXPANSIONS`` edges and returns the paths found so far.
         """
         with self._lock:
-            self._known(start)
-            self._known(end)
+            self._known([start, end])
             if start == end or max_hops < 1 or limit < 1:
                 return []
-            return _PathSearch(self, start, end, max_hops, limit).run()
+            return _PathSearch(self, start, end, max_hops, limit, at).run()
+
+    def subgraph(
+        self, ids: Sequence[str], *, hops: int = 2, limit: int = 500, at: float | None = None
+    ) -> tuple[list[Node], list[Edge]]:
+        """What lies around some nodes: edges up to ``hops`` away, at most ``limit``.
+
+        Near edges come first; nodes are expanded, and edges of a step ordered, by id.
+        Raises UnknownNode.
+        """
+        with self._lock:
+            self._known(ids)
+            edges: dict[Key, Edge] = {}
+            seen = dict.fromkeys(ids)
+            frontier = sorted(seen)
+            for _ in range(hops):
+                reached: dict[str, None] = {}
+                for chunk in chunked(frontier, CHUNK):
+                    for edge in self._around(chunk, at):
+                        if len(edges) < limit and key_of(edge) not in edges:
+                            edges[key_of(edge)] = edge
+                            for end in (edge.subject, edge.object):
+                                if end not in seen:
+                                    seen[end] = reached[end] = None
+                    if len(edges) >= limit:
+                        break
+                frontier = sorted(reached)
+            nodes = self._known(list(seen))
+            return [nodes[i] for i in seen], list(edges.values())
+
+    def match(
+        self, patterns: Sequence[Triple], *, limit: int = 100, at: float | None = None
+    ) -> list[dict[str, str]]:
+        """What the variables of patterns stand for, so that every pattern is an edge.
+
+        A term that begins with ``?`` is a variable. Bindings come ordered by their
+        values, in the order in which the variables are first named, each once.
+
+        Raises:
+            GraphLimitExceeded: more than ``MAX_EXPANSIONS`` edges or ``MAX_ROWS``
+                bindings were needed on the way.
+            ValueError: no pattern, or more than ``MAX_PATTERNS``.
+        """
+        with self._lock:
+            return Matching(self, self._name, at).run(patterns, limit)
+
+    def pagerank(
+        self,
+        seeds: Mapping[str, float],
+        *,
+        limit: int = 20,
+        damping: float = 0.85,
+        at: float | None = None,
+    ) -> list[tuple[Node, float]]:
+        """Nodes by how often a walk that returns to the seeds comes by, edges either way.
+
+        ``seeds``: node ids with weights above 0. Scores sum to 1 at most, and are kept up
+        to ``RESIDUAL``. Raises UnknownNode, ValueError.
+        """
+        with self._lock:
+            self._known(list(seeds))
+            scores = personalised(self, seeds, damping, at)
+            best = heapq.nsmallest(limit, scores.items(), key=lambda item: (-item[1], item[0]))
+            nodes = self._known([node_id for node_id, _ in best])
+            return [(nodes[node_id], score) for node_id, score in best]
 
     def size(self) -> tuple[int, int]:
         """Numbers of nodes and edges."""
         with self._lock:
             return self._size()
 
-    def _known(self, node_id: str) -> Node:
-        node = self._get(node_id)
-        if node is None:
-            raise UnknownNode(node_id, self._name)
-        return node
+    def close(self) -> None:  # noqa: B027 - what is in memory has nothing to let go of
+        """Let go of files. May be called again."""
 
-    def _replace(self, node: Node) -> None:
-        old = self._get(node.id)
-        if old is None or old.name != node.name:
-            if old is not None:
-                self._names.remove(old.id, old.name)
-            self._names.add(node.id, node.name)
-        self._put_node(node)
+    def _known(self, ids: Sequence[str]) -> dict[str, Node]:
+        nodes = self._get(ids)
+        for node_id in ids:
+            if node_id not in nodes:
+                raise UnknownNode(node_id, self._name)
+        return nodes
 
-    @abc.abstractmethod
-    def _get(self, node_id: str) -> Node | None:
-        """The node, if it is there."""
+    def _around(self, ids: Sequence[str], at: float | None) -> list[Edge]:
+        """Edges at nodes that hold, ordered by their ids."""
+        found = self._edges_of(ids, "both", MAX_EXPANSIONS)
+        return sorted((edge for edge in found if holds(edge, at)), key=key_of)
 
     @abc.abstractmethod
-    def _put_node(self, node: Node) -> None:
-        """Add or replace a node."""
+    def _get(self, ids: Sequence[str]) -> dict[str, Node]:
+        """Those of the nodes that are there."""
 
     @abc.abstractmethod
-    def _put_edge(self, edge: Edge) -> None:
-        """Add or replace an edge whose ends are there."""
+    def _put(self, nodes: Sequence[Node], edges: Sequence[Edge], known: Mapping[str, Node]) -> None:
+        """Add or replace, all or nothing. Ends of edges are there or among the nodes;
+        ``known`` are those of all these nodes that are there."""
 
     @abc.abstractmethod
-    def _edges_at(self, node_id: str, direction: Direction) -> Iterator[tuple[Edge, str]]:
-        """Edges at a node with the id at the other end, in any order; a loop once."""
+    def _edges_of(self, ids: Sequence[str], direction: Direction, limit: int) -> list[Edge]:
+        """Edges at any of the nodes, each once, in any order, at most ``limit``."""
+
+    @abc.abstractmethod
+    def _edges_named(self, relation: str | None, limit: int) -> list[Edge]:
+        """Edges of a relation, or all, at most ``limit``."""
 
     @abc.abstractmethod
     def _size(self) -> tuple[int, int]:
@@ -144,8 +249,16 @@ class _PathSearch:
     millions of steps where this needs hundreds.
     """
 
-    def __init__(self, graph: BaseGraph, start: str, end: str, max_hops: int, limit: int) -> None:
-        self.graph, self.start, self.end = graph, start, end
+    def __init__(
+        self,
+        graph: BaseGraph,
+        start: str,
+        end: str,
+        max_hops: int,
+        limit: int,
+        at: float | None,
+    ) -> None:
+        self.graph, self.start, self.end, self.at = graph, start, end, at
         self.max_hops, self.limit = max_hops, limit
         self.left = MAX_EXPANSIONS
         self.distance = {end: 0}
@@ -165,19 +278,21 @@ class _PathSearch:
 
     def measure(self) -> None:
         """Distances to the end, out to the nodes from which ``max_hops`` suffice."""
-        waiting = deque([self.end])
-        while waiting:
-            here = waiting.popleft()
-            if self.distance[here] == self.max_hops:
-                continue
-            for _, other in self.graph._edges_at(here, "both"):
+        frontier = [self.end]
+        for hops in range(1, self.max_hops + 1):
+            reached: dict[str, None] = {}
+            for chunk in chunked(frontier, CHUNK):
+                edges = self.graph._around(chunk, self.at)
                 # Half the budget is kept for the walk.
-                self.left -= 1
+                self.left -= len(edges)
                 if self.left < MAX_EXPANSIONS // 2:
                     return
-                if other not in self.distance:
-                    self.distance[other] = self.distance[here] + 1
-                    waiting.append(other)
+                for edge in edges:
+                    for end in (edge.subject, edge.object):
+                        if end not in self.distance:
+                            self.distance[end] = hops
+                            reached[end] = None
+            frontier = sorted(reached)
 
     def walk(self, hops: int) -> None:
         """All simple paths of exactly this length, depth first without recursion."""
@@ -211,13 +326,16 @@ class _PathSearch:
 
     def edges(self, node_id: str) -> list[tuple[Edge, str]]:
         if node_id not in self.ordered:
-            reachable = (
-                (edge, self.graph._known(other))
-                for edge, other in self.graph._edges_at(node_id, "both")
-                if other in self.distance
-            )
-            self.ordered[node_id] = [(e, n.id) for e, n in sorted(reachable, key=_order)]
+            around = [(e, _other(e, node_id)) for e in self.graph._around([node_id], self.at)]
+            near = [(edge, other) for edge, other in around if other in self.distance]
+            nodes = self.graph._known([other for _, other in near])
+            near.sort(key=lambda item: _order((item[0], nodes[item[1]])))
+            self.ordered[node_id] = near
         return self.ordered[node_id]
+
+
+def _other(edge: Edge, node_id: str) -> str:
+    return edge.object if edge.subject == node_id else edge.subject
 
 
 def _order(item: tuple[Edge, Node]) -> tuple[str, str, str, str]:

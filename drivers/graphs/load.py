@@ -20,21 +20,20 @@ CSV files are left out.
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from llmos.drivers.errors import GraphFileError
+from llmos.drivers.errors import DriverNotInstalled, GraphFileError
 from llmos.drivers.graphs.names import normalised
+from llmos.drivers.graphs.source import read_text
 from llmos.drivers.protocols import Edge, Node
 
 log = logging.getLogger(__name__)
 
-MAX_BYTES = 512 * 2**20
-"""A larger file is refused: the graph would not fit the memory of a host."""
+_OTHER = {".obo", ".ttl", ".nt", ".rdf", ".owl", ".xml"}
 
 _ALIASES = {"source": "subject", "target": "object", "metaedge": "relation"}
 _TRIPLE = {"subject", "relation", "object"}
@@ -49,6 +48,43 @@ class _Table:
     columns: frozenset[str]
     rows: Sequence[tuple[int, Mapping[str, str]]]
     """Line number and cells, white space around them removed."""
+
+
+def load_graph(path: Path) -> tuple[list[Node], list[Edge]]:
+    """Read a graph from a file or folder: CSV, OBO (``.obo``) or RDF (``.ttl``, ``.nt``, ``.rdf``, ``.owl``).
+
+    A folder is read as CSV where it holds any, else all its other files are read.
+
+    Raises:
+        GraphFileError: as :func:`load_triples`.
+        DriverNotInstalled: rdflib is missing.
+    """
+    if path.is_dir() and not any(path.glob("*.csv")):
+        nodes: list[Node] = []
+        edges: list[Edge] = []
+        for file in sorted(f for f in path.iterdir() if f.suffix.lower() in _OTHER):
+            more_nodes, more_edges = _load_other(file)
+            nodes += more_nodes
+            edges += more_edges
+        if nodes or edges:
+            return nodes, edges
+    elif path.suffix.lower() in _OTHER:
+        return _load_other(path)
+    return load_triples(path)
+
+
+def _load_other(file: Path) -> tuple[list[Node], list[Edge]]:
+    if file.suffix.lower() == ".obo":
+        from llmos.drivers.graphs.obo import load_obo
+
+        return load_obo(file)
+    try:
+        from llmos.drivers.graphs.rdf import load_rdf
+    except ModuleNotFoundError as error:
+        raise DriverNotInstalled(
+            "graph", "rdf", error.name or "rdflib", "pip install 'llmos[graph]'"
+        ) from error
+    return load_rdf(file)
 
 
 def load_triples(path: Path) -> tuple[list[Node], list[Edge]]:
@@ -94,17 +130,7 @@ def _kind(table: _Table) -> str:
 
 
 def _read(file: Path) -> _Table:
-    try:
-        size = file.stat().st_size
-        if size > MAX_BYTES:
-            raise GraphFileError(str(file), f"{size} bytes, at most {MAX_BYTES} are read")
-        raw = file.read_bytes()
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise GraphFileError(str(file), f"not UTF-8 at byte {error.start}", line) from error
-    except OSError as error:
-        raise GraphFileError(str(file), error.strerror or str(error)) from error
+    text, version = read_text(file)
     rows = list(_rows(file, text))
     if not rows:
         raise GraphFileError(str(file), "the file is empty", remedy=_FORMS)
@@ -116,7 +142,6 @@ def _read(file: Path) -> _Table:
             raise GraphFileError(
                 str(file), f"{len(cells)} cells, the header has {len(header)}", line
             )
-    version = hashlib.sha256(raw).hexdigest()[:16]
     body = [(line, dict(zip(header, cells, strict=True))) for line, cells in rows[1:]]
     return _Table(file.name, version, frozenset(header), body)
 

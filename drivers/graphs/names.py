@@ -27,6 +27,15 @@ def words(text: str) -> list[str]:
     return [_singular(word) for word in _WORD.findall(folded)]
 
 
+def placed(text: str) -> list[tuple[str, int, int]]:
+    """Words of a text as :func:`words` gives them, with the characters they stand at."""
+    # Folding may change lengths, so the text is cut first and its pieces folded.
+    found: list[tuple[str, int, int]] = []
+    for piece in re.finditer(rf"[{_CJK}]|(?:[^\W_{_CJK}]|['’](?=s\b))+", text):
+        found.extend((word, piece.start(), piece.end()) for word in words(piece.group()))
+    return found
+
+
 def normalised(name: str) -> str:
     """A name as an id: lower case, single spaces. Punctuation stays, so ids do not merge."""
     return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
@@ -78,4 +87,21 @@ class NameIndex:
         for position, word in enumerate(spoken):
             for length in self._lengths.get(word, ()):
                 found |= self._ids.get(tuple(spoken[position : position + length]), set())
+        return found
+
+    def spans(self, text: str) -> list[tuple[int, int, set[str]]]:
+        """Where names stand: start, end, ids; the longest from left to right, none in another."""
+        found: list[tuple[int, int, set[str]]] = []
+        spoken = placed(text)
+        position = 0
+        while position < len(spoken):
+            lengths = self._lengths.get(spoken[position][0], ())
+            for length in sorted(lengths, reverse=True):
+                part = spoken[position : position + length]
+                if ids := self._ids.get(tuple(word for word, _, _ in part)):
+                    found.append((part[0][1], part[-1][2], set(ids)))
+                    position += length
+                    break
+            else:
+                position += 1
         return found

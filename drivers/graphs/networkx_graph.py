@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import itertools
+from collections.abc import Mapping, Sequence
 
 import networkx as nx
 
-from llmos.drivers.graphs.base import BaseGraph, Direction
+from llmos.drivers.graphs.base import BaseGraph
+from llmos.drivers.graphs.edges import Direction
 from llmos.drivers.protocols import Edge, Node
 
 
@@ -33,26 +34,38 @@ class NetworkxGraph(BaseGraph):
                 copy.add_edge(subject, target, key=relation)
         return copy
 
-    def _get(self, node_id: str) -> Node | None:
-        data: dict[str, Any] | None = self._graph.nodes.get(node_id)
-        return data["node"] if data is not None else None
+    def _get(self, ids: Sequence[str]) -> dict[str, Node]:
+        nodes = self._graph.nodes
+        return {i: nodes[i]["node"] for i in ids if i in nodes}
 
-    def _put_node(self, node: Node) -> None:
-        self._graph.add_node(node.id, node=node)
+    def _put(self, nodes: Sequence[Node], edges: Sequence[Edge], known: Mapping[str, Node]) -> None:
+        for node in nodes:
+            self._graph.add_node(node.id, node=node)
+        for edge in edges:
+            self._graph.add_edge(edge.subject, edge.object, key=edge.relation, edge=edge)
 
-    def _put_edge(self, edge: Edge) -> None:
-        self._graph.add_edge(edge.subject, edge.object, key=edge.relation, edge=edge)
+    def _edges_of(self, ids: Sequence[str], direction: Direction, limit: int) -> list[Edge]:
+        inside = set(ids)
+        found: list[Edge] = []
+        for node_id in inside:
+            if direction != "in":
+                for parallel in self._graph.succ.get(node_id, {}).values():
+                    found.extend(data["edge"] for data in parallel.values())
+            if direction != "out":
+                for other, parallel in self._graph.pred.get(node_id, {}).items():
+                    if direction == "in" or other not in inside:
+                        found.extend(data["edge"] for data in parallel.values())
+            if len(found) >= limit:
+                break
+        return found[:limit]
 
-    def _edges_at(self, node_id: str, direction: Direction) -> Iterator[tuple[Edge, str]]:
-        if direction != "in":
-            for other, parallel in self._graph.succ[node_id].items():
-                for data in parallel.values():
-                    yield data["edge"], other
-        if direction != "out":
-            for other, parallel in self._graph.pred[node_id].items():
-                if direction == "in" or other != node_id:
-                    for data in parallel.values():
-                        yield data["edge"], other
+    def _edges_named(self, relation: str | None, limit: int) -> list[Edge]:
+        every = (
+            data["edge"]
+            for _, _, key, data in self._graph.edges(keys=True, data=True)
+            if relation is None or key == relation
+        )
+        return list(itertools.islice(every, limit))
 
     def _size(self) -> tuple[int, int]:
         return self._graph.number_of_nodes(), self._graph.number_of_edges()

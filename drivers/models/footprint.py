@@ -27,6 +27,10 @@ _STORED: dict[str, int] = {
 }
 _CAST = frozenset({"F64", "F32", "F16", "BF16"})
 """Stored types that loading turns into the wanted one; packed integers and float8 stay."""
+KV_BLOCK_TOKENS = 16
+"""Engines keep keys and values in whole blocks of so many tokens."""
+_LIBRARY_SPARE_BLOCKS = 2
+"""Blocks that the cache of transformers has beside those that it is asked for."""
 _COMPUTED = ("position_ids", "rotary_emb.inv_freq", "attn.masked_bias")
 """Buffers in old files that current code computes instead of loading."""
 
@@ -47,6 +51,8 @@ class _Shape:
     model_type: str
     classifies: bool
     """Whether its own head gives classes, which an encoder loads."""
+    plain_attention: bool
+    """Whether every layer looks at the whole context, with nothing special about it."""
 
 
 def predict_footprint(
@@ -60,8 +66,12 @@ def predict_footprint(
     weights: Weights = "plain",
     max_adapters: int = 0,
     max_adapter_rank: int = 16,
+    device: Literal["cpu", "cuda"] = "cpu",
 ) -> Footprint:
     """Bytes for weights, KV cache and the largest step.
+
+    All but the largest step is what the engines' ``memory_bytes`` tells once the model is
+    loaded, within some per cent.
 
     Args:
         path: folder of the model.
@@ -74,19 +84,25 @@ def predict_footprint(
         weights: how linear layers are kept.
         max_adapters: LoRA adapters that may be resident; causal only.
         max_adapter_rank: largest rank of one; each may change every linear layer.
+        device: what it will run on; a causal model is kept differently on a CPU.
 
     Raises:
         ModelUnusable: a file is missing, broken or does not name the sizes.
         UnsafeModel: pickled weights.
     """
     shape, size = _shape(path), _BYTES["float32" if dtype == "auto" else dtype]
-    weights_bytes = _weights_bytes(path, shape, size, kind, weights)
+    ours = device == "cpu" and shape.plain_attention
+    packed = ours and dtype == "bfloat16"
+    weights_bytes = _weights_bytes(path, shape, size, kind, weights, packed)
     if kind == "causal":
         per_token = 2 * shape.kv_heads * shape.head_dim * size
+        blocks = max(1, kv_tokens // KV_BLOCK_TOKENS) if kv_tokens else 0
+        if blocks and not ours:
+            blocks += _LIBRARY_SPARE_BLOCKS
         return Footprint(
             weights_bytes=weights_bytes,
-            kv_bytes=shape.layers * per_token * kv_tokens,
-            workspace_bytes=_causal_workspace(shape, size, kv_tokens, max_batch_tokens)
+            kv_bytes=shape.layers * per_token * blocks * KV_BLOCK_TOKENS,
+            workspace_bytes=_causal_workspace(shape, size, kv_tokens, max_batch_tokens, ours)
             + _adapters_workspace(shape, size, max_batch_tokens, max_adapters),
             adapters_bytes=_adapter_widths(path, shape) * max_adapters * max_adapter_rank * size
             if max_adapters
@@ -155,6 +171,7 @@ def _shape(path: Path) -> _Shape:
         classifies=any(
             str(a).endswith("ForSequenceClassification") for a in config.get("architectures") or ()
         ),
+        plain_attention=_plain_attention(inner),
     )
 
 
@@ -167,7 +184,24 @@ def _tied(config: dict[str, Any], inner: dict[str, Any]) -> bool:
     return inner.get("model_type") in _TIED_UNLESS_TOLD if told is None else bool(told)
 
 
-def _weights_bytes(path: Path, shape: _Shape, size: int, kind: str, weights: Weights) -> int:
+_WINDOW_UNLESS_TOLD = frozenset({"mistral", "gemma2", "gemma3_text"})
+"""Architectures that have a sliding window by default; in Qwen's it must be switched on."""
+
+
+def _plain_attention(inner: dict[str, Any]) -> bool:
+    """Whether our own attention computes what the model means; the engine asks the same of the
+    loaded configuration."""
+    kinds = set(inner.get("layer_types") or ["full_attention"])
+    window = inner.get("sliding_window", inner.get("model_type") in _WINDOW_UNLESS_TOLD)
+    if not inner.get("use_sliding_window", not str(inner.get("model_type")).startswith("qwen")):
+        window = None
+    return kinds == {"full_attention"} and not (window or inner.get("attn_logit_softcapping"))
+
+
+def _weights_bytes(
+    path: Path, shape: _Shape, size: int, kind: str, weights: Weights, packed: bool
+) -> int:
+    """``packed``: linear layers are laid out anew, which leaves a tied embedding where it is."""
     tensors: dict[str, Any] = {}
     for file in checks.weight_files(path.name, path):
         tensors |= checks.read_header(path.name, file)
@@ -197,8 +231,8 @@ def _weights_bytes(path: Path, shape: _Shape, size: int, kind: str, weights: Wei
             total += layer_bytes(form, rows, columns, each)
         else:
             total += math.prod(sizes) * each
-    if tied and weights != "plain":
-        # The embedding stays as it is, and the output gets a narrow copy.
+    if tied and (packed or weights != "plain"):
+        # The embedding stays as it is, and the output gets a copy, packed or narrow.
         form = layer_form(weights, shape.vocabulary, shape.hidden, output=True)
         total += layer_bytes(form, shape.vocabulary, shape.hidden, size)
     return total
@@ -208,9 +242,14 @@ _INDEX_BYTES = 4 * 8
 """Per token of a step: its id, position, mask and place, as int64."""
 
 
-def _causal_workspace(shape: _Shape, size: int, kv_tokens: int, step_tokens: int) -> int:
-    """The larger of the two peaks of one step: inside a layer, or at the logits."""
-    context = min(kv_tokens, shape.positions)
+def _causal_workspace(
+    shape: _Shape, size: int, kv_tokens: int, step_tokens: int, ours: bool
+) -> int:
+    """The larger of the two peaks of one step: inside a layer, or at the logits.
+
+    ``ours``: our attention runs it; the library's has a mask over the whole cache.
+    """
+    context = min(kv_tokens, shape.positions) if ours else kv_tokens + step_tokens
     wide = shape.heads * shape.head_dim
     # Residual and its normed copy, which is computed in float32; the mask lives as long.
     # Attention itself never holds the whole matrix of scores.

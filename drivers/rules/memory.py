@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llmos.drivers.errors import RuleLimitExceeded, RuleSyntaxError, UnknownTemplate
+from llmos.drivers.errors import RuleLimitExceeded, RuleSyntaxError, RuleTimeout, UnknownTemplate
 from llmos.drivers.protocols import Fact, Firing, RuleOutcome, Scalar
 
 SlotType: TypeAlias = Literal["text", "integer", "number", "boolean", "any"]
@@ -60,6 +61,18 @@ class _Match:
     facts: tuple[int, ...]
     """Positions of the matched facts, in the order of ``when``."""
     bound: dict[str, Value]
+
+
+class _Clock:
+    """The end of an evaluation's time."""
+
+    def __init__(self, name: str, timeout_s: float) -> None:
+        self._name, self._timeout_s = name, timeout_s
+        self._until = time.monotonic() + timeout_s
+
+    def check(self) -> None:
+        if time.monotonic() > self._until:
+            raise RuleTimeout(self._name, self._timeout_s)
 
 
 class MemoryRuleBase:
@@ -104,16 +117,22 @@ class MemoryRuleBase:
         """Names of the rules, in file order."""
         return tuple(rule.name for rule in self._source.rules)
 
-    def evaluate(self, facts: Sequence[Fact], *, max_firings: int = 1000) -> RuleOutcome:
+    def evaluate(
+        self, facts: Sequence[Fact], *, max_firings: int = 1000, timeout_s: float = 10.0
+    ) -> RuleOutcome:
         """Assert the facts and fire rules until none is left. Thread-safe.
 
         Raises:
             UnknownTemplate: a fact that the source does not declare.
             RuleLimitExceeded: still firing at ``max_firings``.
-            ValueError: ``max_firings`` is less than 1.
+            RuleTimeout: still at work after ``timeout_s`` seconds.
+            ValueError: a limit is not above 0.
         """
         if max_firings < 1:
             raise ValueError(f"max_firings is {max_firings}, at least 1 is needed")
+        if timeout_s <= 0:
+            raise ValueError(f"timeout_s is {timeout_s}, a time above 0 is needed")
+        clock = _Clock(self._name, timeout_s)
         known: list[Fact] = []
         for fact in facts:
             self._check_fact(fact)
@@ -121,7 +140,7 @@ class MemoryRuleBase:
                 known.append(fact)
         fired: set[tuple[str, tuple[int, ...]]] = set()
         firings: list[Firing] = []
-        while (match := self._next(known, fired)) is not None:
+        while (match := self._next(known, fired, clock)) is not None:
             if len(firings) == max_firings:
                 last = [firing.rule for firing in firings[-5:]]
                 raise RuleLimitExceeded(self._name, max_firings, last)
@@ -139,9 +158,11 @@ class MemoryRuleBase:
                     known.append(fact)
         return RuleOutcome(facts=tuple(known), firings=tuple(firings))
 
-    def _next(self, facts: list[Fact], fired: set[tuple[str, tuple[int, ...]]]) -> _Match | None:
+    def _next(
+        self, facts: list[Fact], fired: set[tuple[str, tuple[int, ...]]], clock: _Clock
+    ) -> _Match | None:
         for rule in self._source.rules:
-            for match in self._matches(rule, tuple(rule.when.items()), facts, (), {}):
+            for match in self._matches(rule, tuple(rule.when.items()), facts, (), {}, clock):
                 if (rule.name, match.facts) not in fired:
                     return match
         return None
@@ -153,7 +174,9 @@ class MemoryRuleBase:
         facts: list[Fact],
         chosen: tuple[int, ...],
         bound: dict[str, Value],
+        clock: _Clock,
     ) -> Iterator[_Match]:
+        clock.check()
         if not rest:
             yield _Match(rule, chosen, bound)
             return
@@ -163,7 +186,9 @@ class MemoryRuleBase:
                 continue
             extended = _unify(pattern, fact.slots, bound)
             if extended is not None:
-                yield from self._matches(rule, rest[1:], facts, (*chosen, position), extended)
+                yield from self._matches(
+                    rule, rest[1:], facts, (*chosen, position), extended, clock
+                )
 
     def _check_fact(self, fact: Fact) -> None:
         slots = self._source.templates.get(fact.template)

@@ -109,6 +109,18 @@ class ExactIndex(abc.ABC):
                 return [[] for _ in rows]
             return self._search(rows, wanted, min(wanted + _SLACK, size), size)
 
+    def rows(self, ids: Sequence[str]) -> Vectors:
+        """The vectors of these ids, in their order. Shape (len(ids), dimension).
+
+        Raises:
+            KeyError: one of them is not there.
+        """
+        if not ids:
+            return np.empty((0, self._dimension), dtype=np.float32)
+        with self._lock.read():
+            labels = np.array([self._label_of[i] for i in ids], dtype=np.int64)
+            return self._take(labels)
+
     def save(self, folder: Path, tag: str) -> None:
         """Write the index, replacing an older one in one step; ``tag`` says what it belongs to."""
         with self._lock.read():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -95,7 +96,8 @@ class SlotLoaded(Event):
     """A model is resident."""
 
     slot: str
-    measured_bytes: int
+    measured: Mapping[str, int]
+    """Bytes that it keeps on the device, by purpose."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -109,8 +109,22 @@ class Accounts:
         """
         if key in self._running:
             raise ValueError(f"{key} is under way already")
+        over = self.over(owners, now_s)
+        if over is not None:
+            return over
         found = [(owner, account) for owner in owners if (account := self._of(owner, now_s))]
-        for owner, account in found:
+        for _, account in found:
+            account.running += 1
+        if found:
+            self._running[key] = tuple(owner for owner, _ in found)
+        return None
+
+    def over(self, owners: tuple[str, ...], now_s: float) -> Over | None:
+        """Why a request to a model would not be let in now; None: it would be."""
+        for owner in owners:
+            account = self._of(owner, now_s)
+            if account is None:
+                continue
             most = account.quota.concurrent_requests
             if most is not None and account.running >= most:
                 return Over(owner, "concurrent_requests", most, account.running, self.RETRY_S)
@@ -118,10 +132,6 @@ class Accounts:
                 over = self._overdrawn(owner, account, name, now_s)
                 if over is not None:
                     return over
-        for _, account in found:
-            account.running += 1
-        if found:
-            self._running[key] = tuple(owner for owner, _ in found)
         return None
 
     def charge(self, key: str, tokens: int, device_s: float, now_s: float) -> None:

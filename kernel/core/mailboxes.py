@@ -105,6 +105,30 @@ class Mailboxes:
         mailbox = self._mailboxes.get(agent)
         return mailbox is None or not (mailbox.waiting or mailbox.readers or mailbox.writing)
 
+    def held(self, agent: str) -> bool:
+        """Whether nothing of this agent is started."""
+        return agent in self._held
+
+    def order(self, agent: str) -> list[Turn]:
+        """What waits of an agent, in the order in which it would be started if all were due."""
+        mailbox = self._mailboxes.get(agent)
+        if mailbox is None:
+            return []
+        heads = [(queue[0], stream, 0) for stream, queue in mailbox.streams.items()]
+        heapify(heads)
+        found: list[Turn] = []
+        while heads:
+            entry, stream, place = heappop(heads)
+            found.append(entry[2])
+            queue = mailbox.streams[stream]
+            if place + 1 < len(queue):
+                heappush(heads, (queue[place + 1], stream, place + 1))
+        return found
+
+    def side_by_side(self, agent: str) -> int:
+        """Read-only turns that an agent may have at the same time."""
+        return self._concurrent.get(agent, 1)
+
     # ------------------------------------------------------------ in and out
 
     def offer(self, turn: Turn, *, force: bool = False) -> bool:

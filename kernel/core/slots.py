@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from llmos.drivers.errors import LlmosError
@@ -38,6 +39,25 @@ ALLOWED: dict[SlotState, frozenset[SlotState]] = {
 }
 
 
+UNMEASURED = frozenset({"workspace"})
+"""Purposes that are predicted, and held only while a step runs."""
+NOTED_ERROR = 0.03
+"""A prediction that is further off is noted."""
+
+
+def prediction_error(predicted: Mapping[str, int], measured: Mapping[str, int]) -> float | None:
+    """Differences of all purposes over what was measured in all; None: nothing was, or nothing
+    was predicted.
+
+    They add up, so that too much for one purpose does not hide too little for another.
+    """
+    total = sum(measured.values())
+    purposes = ({*predicted} - UNMEASURED) | {*measured}
+    if not total or not predicted:
+        return None
+    return sum(abs(measured.get(p, 0) - predicted.get(p, 0)) for p in purposes) / total
+
+
 class InvalidTransition(LlmosError):
     """A slot was sent into a state that its present one does not lead to."""
 
@@ -59,7 +79,9 @@ class Slot:
     name: str
     """The model's name in the system."""
     predicted_bytes: int
-    """Weights, KV blocks and workspace."""
+    """Weights, KV blocks, places for adapters and workspace."""
+    predicted: Mapping[str, int] = field(default_factory=dict)
+    """The same by purpose."""
     asked: dict[str, int] = field(default_factory=dict)
     """Bytes that manifests ask for, where that is more than predicted, by agent."""
     pinned: bool = False
@@ -72,7 +94,8 @@ class Slot:
     """Agents launched with it: its leases."""
     last_used: float = 0.0
     """When it was loaded, or when the last of its agents went: what was left longest goes first."""
-    measured_bytes: int | None = None
+    measured: Mapping[str, int] | None = None
+    """Bytes that it kept by purpose when it was loaded last; None: it never was."""
     error: LlmosError | None = None
     history: list[tuple[float, SlotState, SlotState, str]] = field(default_factory=list)
     """(time, from, to, cause), the newest 32."""
@@ -93,6 +116,22 @@ class Slot:
     def size_bytes(self) -> int:
         """What is reserved for it when it is loaded."""
         return max(self.predicted_bytes, *self.asked.values(), 0)
+
+    @property
+    def measured_bytes(self) -> int | None:
+        """What it keeps, all purposes together."""
+        return None if self.measured is None else sum(self.measured.values())
+
+    @property
+    def prediction_error(self) -> float | None:
+        """How far the prediction was off; None: nothing was measured."""
+        return prediction_error(self.predicted, self.measured or {})
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the ledger is to count once it is loaded: what was measured, and what was
+        predicted of that which shows only in a step."""
+        return sum({**self.predicted, **(self.measured or {})}.values())
 
     @property
     def idle(self) -> bool:

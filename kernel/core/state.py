@@ -28,7 +28,7 @@ from llmos.kernel.core.errors import (
 from llmos.kernel.core.ledger import Ledger, OverCapacity
 from llmos.kernel.core.restarts import RestartPolicy, Restarts
 from llmos.kernel.core.shards import Shard, balance, fewest, grouped
-from llmos.kernel.core.slots import Slot, SlotState
+from llmos.kernel.core.slots import NOTED_ERROR, Slot, SlotState
 from llmos.kernel.core.supervision import NEEDS, falls_with
 from llmos.kernel.core.types import (
     AgentState,
@@ -124,7 +124,9 @@ class KernelCore:
             self.ledger.open(device.name, device.capacity_bytes)
         for model in event.models:
             self.models[model.name] = model
-            self.slots[model.name] = Slot(model.name, model.size_bytes, pinned=model.pinned)
+            self.slots[model.name] = Slot(
+                model.name, model.size_bytes, model.predicted, pinned=model.pinned
+            )
         for kind in event.services:
             out += self._start(kind.value, kind, event)
         for name in self.devices:
@@ -506,18 +508,20 @@ class KernelCore:
         slot = self.slots[event.slot]
         if slot.state is not SlotState.LOADING or slot.device is None:
             return []
-        difference = self.ledger.commit(slot.device, slot.name, event.measured_bytes)
-        slot.measured_bytes = event.measured_bytes
+        slot.measured = dict(event.measured)
+        difference = self.ledger.commit(slot.device, slot.name, slot.needed_bytes)
+        error = slot.prediction_error or 0.0
         slot.error = None
         slot.last_used = event.now
         slot.move(SlotState.READY, event.now, event.cause)
         out: Actions = []
-        if difference > 0:
+        if error > NOTED_ERROR or difference > NOTED_ERROR * slot.size_bytes:
             out.append(
                 act.Note(
                     level="warning",
-                    text=f"model {slot.name} takes {event.measured_bytes} bytes, "
-                    f"{difference} more than predicted",
+                    text=f"model {slot.name} keeps {slot.measured_bytes} bytes ({slot.measured}), "
+                    f"predicted were {dict(slot.predicted)}: {error:.1%} off, "
+                    f"and {max(difference, 0)} more than reserved",
                     cause=event.cause,
                 )
             )

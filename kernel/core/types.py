@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -65,9 +66,11 @@ class ModelSpec:
     name: str
     kind: Literal["causal", "encoder"]
     size_bytes: int
-    """Predicted: weights, KV blocks and workspace."""
+    """Predicted: weights, KV blocks, places for adapters and workspace."""
     pinned: bool = False
     threads: int | None = None
     """Thread quota, where the system file sets it."""
     device: str | None = None
     """The device it must be on, where the system file sets it."""
+    predicted: Mapping[str, int] = field(default_factory=dict)
+    """The size by purpose."""

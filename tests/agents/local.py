@@ -25,7 +25,7 @@ from pydantic import BaseModel
 
 from llmos.drivers.documents.reader import read_folder
 from llmos.drivers.errors import UnknownAdapter
-from llmos.drivers.graphs.load import load_triples
+from llmos.drivers.graphs.load import load_graph
 from llmos.drivers.protocols import (
     EngineOptions,
     GenerationChunk,
@@ -41,7 +41,7 @@ from llmos.kernel.dispatch import TurnDispatcher
 from llmos.kernel.manifest import Manifest
 from llmos.kernel.program import HandlerSpec, load_program, make_config
 from llmos.kernel.system import SystemConfig
-from llmos.syscalls.base import Hit
+from llmos.syscalls.base import Hit, Search
 from llmos.syscalls.deferred import Deferred, NoTimer, Post, Subscription, Timer, Watch
 from llmos.syscalls.errors import UnhandledMessage, UnknownAgent, UnknownResource
 from llmos.syscalls.labels import Labels
@@ -132,7 +132,7 @@ class Local:
         self._graphs: dict[str, tuple[Any, Labels]] = {}
         for name, graph in system.graphs.items():
             made = driver("graph", "memory")(name)
-            made.upsert(*load_triples(system.at(graph.path)))
+            made.upsert(*load_graph(system.at(graph.path)))
             self._graphs[name] = (made, graph.labels)
         self._rules = {
             name: (
@@ -242,8 +242,9 @@ class Local:
         return table.labels
 
     async def retrieve(
-        self, tenant: str, corpus: str, query: str, k: int
+        self, tenant: str, corpus: str, query: str, k: int, search: Search | None = None
     ) -> tuple[list[Hit], Labels]:
+        assert search is None, "no program of ours searches otherwise yet"
         self._visible("corpus", self.system.corpora, corpus, tenant)
         held = self._corpora[corpus]
         hits = held.index.search(await self.embed(held.embedder, [query]), k)[0]

@@ -32,6 +32,18 @@ class Grounder(Agent):
     async def answer(self, question: Question, os: Context) -> Answer:
         source = Source(PAGE, Provenance(kind="document", source="page.md"), "Refunds", 0.9)
         sources = [source] if question.data.get("sources", True) else []
+        if question.data.get("check"):
+            limits = Thresholds(alike=0.3)
+            grounding = Grounding(os, model="", embedder="embed", thresholds=limits)
+            supports = await grounding.check(question.text, sources)
+            return Answer(
+                text=" / ".join(s.sentence for s in supports),
+                data={
+                    "against": [list(s.against) for s in supports],
+                    "scores": [s.score for s in supports],
+                    "sources": [None if s.line is None else s.line.source for s in supports],
+                },
+            )
         made = await Grounding(
             os, model="chat", embedder="embed", thresholds=Thresholds(relevant=0.2, alike=0.3)
         ).answer(question.text, sources)
@@ -116,6 +128,31 @@ async def test_a_busy_model_does_not_stop_the_answer() -> None:
     answer = await ask("How long does a refund take?", busy)
     assert answer.grounded == "extract"
     assert "EngineBusy" in str(answer.data["trouble"])
+
+
+async def test_each_sentence_of_a_text_is_checked() -> None:
+    checked = await ask(
+        "A refund takes 5 working days [1]. A refund takes 10 working days. "
+        "An instant transfer can be cancelled. Parrots live in Brazil.",
+        "",
+        check=True,
+    )
+    against: Any = checked.data["against"]
+    scores: Any = checked.data["scores"]
+    assert checked.text.startswith("A refund takes 5 working days. / A refund")
+    assert against[0] == []
+    assert "numbers" in against[1]
+    assert "denial" in against[2]
+    assert {"unlike", "words"} <= set(against[3])
+    assert scores[0] > 0.9
+    assert scores[1:] == [0, 0, 0]
+    assert checked.data["sources"] == [0, 0, 0, 0]
+
+
+async def test_without_sources_nothing_is_supported() -> None:
+    checked = await ask("A refund takes 5 days. And so on.", "", check=True, sources=False)
+    assert checked.data["against"] == [["unlike"], ["empty"]]
+    assert checked.data["sources"] == [None, None]
 
 
 def test_merged_citations_are_renumbered_once() -> None:

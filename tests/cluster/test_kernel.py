@@ -68,6 +68,37 @@ def test_state_survives_and_turns_are_serial(kernel: Kernel) -> None:
     assert kernel.ask(agent, p.Count(by=2), p.Counted).total == 10
 
 
+def test_what_is_used_and_waited_for_is_told(kernel: Kernel) -> None:
+    agent = kernel.launch(p.Worker, "waits", tenant="acme")
+    with ThreadPoolExecutor(2) as pool:
+        asked = [
+            pool.submit(kernel.ask, agent, p.Wait(seconds=seconds), p.Said)
+            for seconds in (2.0, 2.0)
+        ]
+        until = time.monotonic() + 20
+        whats: set[str] = set()
+        while not {"turn", "sleep", "mailbox"} <= whats:
+            assert time.monotonic() < until, whats
+            found = kernel.why("waits")
+            whats = {r["what"] for r in found["reasons"]}
+            whats |= {r["what"] for top in found["reasons"] for r in top["under"]}
+        assert found["agent"] == agent
+        assert found["host"].startswith("host:")
+        for future in asked:
+            future.result(timeout=20)
+    kernel.ask(agent, p.Say(text="one two three"), p.Said)
+    state = kernel.top()
+    assert {d["name"] for d in state["devices"]} == {"cpu:0"}
+    assert {s["model"]: s["state"] for s in state["slots"]}["chat"] == "ready"
+    assert sum(h["active"] for h in state["hosts"]) >= 1
+    (mine,) = [a for a in state["agents"] if a["agent"] == agent]
+    assert mine["written"] == 3
+    assert next(t for t in state["tenants"] if t["tenant"] == "acme")["share"] > 0
+    assert 'llmos_tenant_tokens_total{phase="decode",process="device:cpu:0",tenant="acme"}' in (
+        kernel.metrics()
+    )
+
+
 def test_many_agents_share_one_model(kernel: Kernel) -> None:
     agents = [kernel.launch(p.Worker, f"m{n}", tenant="acme") for n in range(8)]
     with ThreadPoolExecutor(32) as pool:

@@ -104,7 +104,7 @@ def launch(feed: Feed, agent: str = "t/p/a", *models: str, now: float = 1.0) -> 
 
 
 def loaded(feed: Feed, slot: str, size: int = 10, now: float = 2.0) -> Actions:
-    return feed(ev.SlotLoaded(now=now, cause="device", slot=slot, measured_bytes=size))
+    return feed(ev.SlotLoaded(now=now, cause="device", slot=slot, measured={"weights": size}))
 
 
 def test_boot_starts_everything_and_loads_what_is_pinned(core: KernelCore, feed: Feed) -> None:
@@ -651,7 +651,9 @@ class Machine(RuleBasedStateMachine):
             error = EngineFailed(slot, "x")
             self._feed(ev.SlotFailed(now=self.now, cause="d", slot=slot, error=error))
         else:
-            self._feed(ev.SlotLoaded(now=self.now, cause="d", slot=slot, measured_bytes=size))
+            self._feed(
+                ev.SlotLoaded(now=self.now, cause="d", slot=slot, measured={"weights": size})
+            )
 
     @rule()
     def unload_ends(self) -> None:

@@ -35,8 +35,8 @@ def job(number: int | str, text: str = "one two three", params: Any = None) -> G
 @pytest.fixture
 async def server(tmp_path: Path) -> AsyncIterator[DeviceServer]:
     made = DeviceServer("device:memory:0", "memory", 0, 1 << 30, 1, str(tmp_path), "INFO")
-    assert isinstance(await made.load("echo", "causal", EngineOptions("chat", Path())), int)
-    assert isinstance(await made.load("hash", "encoder", EngineOptions("embed", Path())), int)
+    assert await made.load("echo", "causal", EngineOptions("chat", Path())) == {}
+    assert await made.load("hash", "encoder", EngineOptions("embed", Path())) == {}
     yield made
     await made.close()
 

@@ -128,7 +128,7 @@ async def test_a_device_process_serves_it(tmp_path: Path) -> None:
     with FaultyServer() as server:
         remote = RemoteOptions(server.url, "big")
         options = EngineOptions("chat", Path(), remote=remote)
-        assert await device.load("remote", "causal", options) == 0
+        assert await device.load("remote", "causal", options) == {}
         job = GenerationJob("1", "Hi", SamplingParams(max_new_tokens=8))
         assert await device.submit("host", [("chat", job)]) == [None]
         chunks = []

@@ -13,6 +13,7 @@ from llmos.drivers.protocols import EngineOptions, GenerationChunk, GenerationJo
 from llmos.kernel.core.limits import Quota
 from llmos.kernel.core.policies import NAMES
 from llmos.kernel.device import DeviceServer
+from llmos.kernel.metrics import Exported
 from llmos.kernel.scheduling import Meter, Scheduling
 from llmos.kernel.system import SystemConfig, SystemFileError
 from llmos.syscalls.errors import Busy, OverQuota
@@ -60,6 +61,38 @@ async def test_a_tenant_beyond_its_tokens_is_told_when_to_come_back(server: Devi
     # Others are none the worse for it.
     assert await server.submit("host:0", [("chat", job("3", "clinic"))]) == [None]
     await last(server, "host:0")
+
+
+async def test_the_metrics_say_who_waited_and_who_was_refused(server: DeviceServer) -> None:
+    scheduling = Scheduling("fair", {}, {"shop": Quota(tokens_per_minute=10)})
+    await server.load("echo", "causal", EngineOptions("chat", Path()), scheduling)
+    before = figures(await server.metrics())
+    assert await server.submit("host:0", [("chat", job("1", "shop"))]) == [None]
+    ended = await last(server, "host:0")
+    (refused,) = await server.submit("host:0", [("chat", job("2", "shop"))])
+    assert isinstance(refused, OverQuota)
+    after = figures(await server.metrics())
+
+    def grown(name: str, **labels: str) -> float:
+        key = (name, tuple(sorted(labels.items())))
+        return after[key] - before.get(key, 0.0)
+
+    shop = {"tenant": "shop"}
+    assert grown("llmos_tenant_tokens_total", **shop, phase="prefill") == ended.prompt_tokens
+    assert grown("llmos_tenant_tokens_total", **shop, phase="decode") == ended.new_tokens
+    assert grown("llmos_request_wait_seconds_count", **shop) == 1
+    assert grown("llmos_refused_requests_total", **shop, limit="tokens_per_minute") == 1
+    assert grown("llmos_engine_queue", model="chat", state="running") == 0
+    assert after["llmos_kv_tokens", (("model", "chat"), ("state", "capacity"))] == 8192
+    assert grown("llmos_engine_steps_total", model="chat") > 0
+
+
+def figures(exported: Exported) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    return {
+        (name, tuple(sorted(labels.items()))): value
+        for _, _, _, samples in exported.families
+        for name, labels, value in samples
+    }
 
 
 def test_a_request_that_has_ended_makes_room_for_another() -> None:

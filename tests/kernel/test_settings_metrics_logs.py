@@ -132,6 +132,13 @@ def test_two_processes_are_joined_into_what_prometheus_reads() -> None:
     assert buckets[-1].labels["le"] == "+Inf"
 
 
+def test_a_label_has_a_bounded_number_of_values() -> None:
+    label = metrics.Bounded(2)
+    assert [label(t) for t in ("a", "b", "c", "a", "d")] == [
+        *("a", "b", metrics.OTHERS, "a", metrics.OTHERS)
+    ]
+
+
 def test_nothing_gathered_is_an_empty_page() -> None:
     assert metrics.render([]) == ""
 

@@ -21,7 +21,7 @@ from llmos.drivers.protocols import (
     Vectors,
 )
 from llmos.drivers.rules.memory import MemoryRuleBase
-from llmos.syscalls.base import Caller, Hit
+from llmos.syscalls.base import Caller, Hit, Search
 from llmos.syscalls.deferred import Deferred
 from llmos.syscalls.errors import InvalidRequest, UnknownResource
 from llmos.syscalls.labels import Labels, Sensitivity
@@ -89,9 +89,9 @@ class FakeServices:
         return self.adapters[tenant, name]
 
     async def retrieve(
-        self, tenant: str, corpus: str, query: str, k: int
+        self, tenant: str, corpus: str, query: str, k: int, search: Search | None = None
     ) -> tuple[list[Hit], Labels]:
-        self.seen.append((tenant, corpus, query, k))
+        self.seen.append((tenant, corpus, query, k, *([search] if search else [])))
         return self.hits[:k], self.labels
 
     async def neighbours(
@@ -104,6 +104,11 @@ class FakeServices:
         self, tenant: str, graph: str, text: str, limit: int
     ) -> tuple[list[Node], Labels]:
         return self.graph.find(text, limit), self.labels
+
+    async def ask_graph(
+        self, tenant: str, graph: str, question: str, arguments: Any
+    ) -> tuple[Any, Labels]:
+        return getattr(self.graph, question)(**arguments), self.labels
 
     async def paths(
         self, tenant: str, graph: str, start: str, end: str, max_hops: int, limit: int

@@ -12,12 +12,23 @@ from pydantic import ValidationError
 
 from llmos.drivers.errors import RuleLimitExceeded, UnknownNode, UnknownTemplate
 from llmos.drivers.protocols import Edge, Node, Passage
-from llmos.syscalls.base import HANDLERS, Hit, Request, Response
+from llmos.drivers.retrieval.filters import Condition
+from llmos.drivers.retrieval.fusion import Share
+from llmos.drivers.retrieval.search import Found
+from llmos.syscalls.base import HANDLERS, Hit, Request, Response, Search
 from llmos.syscalls.embed import Embed
 from llmos.syscalls.errors import UnknownResource
-from llmos.syscalls.graph import FindNeighbours, FindNodes, FindPaths
+from llmos.syscalls.graph import (
+    FindAround,
+    FindNeighbours,
+    FindNodes,
+    FindPaths,
+    LinkText,
+    MatchPatterns,
+    RankNodes,
+)
 from llmos.syscalls.labels import Labels, Provenance
-from llmos.syscalls.retrieve import Retrieve
+from llmos.syscalls.retrieve import Filter, Retrieve
 from llmos.syscalls.rules import Evaluate, Fact
 from tests.syscalls.fakes import CALLER, SECRET, FakeServices
 
@@ -86,6 +97,75 @@ async def test_passages_say_where_they_stand(services: FakeServices) -> None:
     assert found.labels == SECRET
 
 
+def test_a_request_of_old_is_recorded_as_of_old() -> None:
+    assert Retrieve(corpus="c", query="q").model_dump() == {
+        "corpus": "c",
+        "query": "q",
+        "k": 5,
+        "min_score": -1.0,
+    }
+    assert Retrieve(corpus="c", query="q").search() is None
+
+
+async def test_a_search_of_another_kind(services: FakeServices) -> None:
+    shares = (Share("lexical", 1, 7.5, 1.0, 0.4), Share("vector", None, None, 0.5, 0.6))
+    services.hits[0] = replace(services.hits[0], found=Found(0, 0.7, shares, 0.7, {"pairs": 1.0}))
+    request = Retrieve(
+        corpus="help",
+        query="q",
+        k=1,
+        mode="hybrid",
+        filters=(
+            Filter(field="price", op="ge", value=3),
+            Filter(field="kind", op="in", value=("a", "b")),
+        ),
+        diversity=0.3,
+        explain=True,
+    )
+    assert Retrieve.model_validate_json(request.model_dump_json()) == request
+    found = await call(request, services)
+    (seen,) = services.seen
+    assert seen[:4] == ("acme", "help", "q", 1)
+    assert seen[4] == Search(
+        "hybrid",
+        (Condition("price", "ge", ("3",)), Condition("kind", "in", ("a", "b"))),
+        False,
+        0.3,
+    )
+    explained = found.passages[0].explanation
+    assert explained.fused == 0.7
+    assert [(leg.leg, leg.rank, leg.weight) for leg in explained.legs] == [
+        ("lexical", 1, 0.4),
+        ("vector", None, 0.6),
+    ]
+    assert explained.facts == {"pairs": 1.0}
+    assert type(found).model_validate_json(found.model_dump_json()) == found
+    unexplained = await call(request.model_copy(update={"explain": False}), services)
+    assert "explanation" not in unexplained.model_dump()["passages"][0]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mode": "magic"},
+        {"mode": "hybrid", "min_score": 0.2},
+        {"rerank": True, "min_score": 0.2},
+        {"diversity": 1.1},
+        {"filters": [{"field": "", "value": "x"}]},
+        {"filters": [{"field": "a", "op": "like", "value": "x"}]},
+        {"filters": [{"field": "a", "op": "in", "value": "x"}]},
+        {"filters": [{"field": "a", "op": "in", "value": []}]},
+        {"filters": [{"field": "a", "value": ["x"]}]},
+        {"filters": [{"field": "a", "value": float("inf")}]},
+        {"filters": [{"field": "a", "value": "x" * 10_001}]},
+        {"filters": [{"field": "a", "value": "x"}] * 33},
+    ],
+)
+def test_a_search_that_makes_no_sense(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        Retrieve.model_validate({"corpus": "c", "query": "q", **fields})
+
+
 async def test_what_is_not_near_enough_leaves_no_trace(services: FakeServices) -> None:
     assert [
         p.score
@@ -146,6 +226,31 @@ async def test_paths_carry_the_files_of_all_their_edges(services: FakeServices) 
     assert {(p.source, p.version) for p in found.provenance} == {("e.csv", "2"), ("f.csv", "3")}
     nothing = await call(FindPaths(graph="g", start="fever", end="cold", max_hops=1), services)
     assert (nothing.paths, nothing.provenance) == ((), ())
+
+
+async def test_a_text_is_linked_to_nodes_where_it_names_them(services: FakeServices) -> None:
+    found = await call(LinkText(graph="g", text="Is it influenza?"), services)
+    assert [(n.start, n.end, n.text, n.node.id) for n in found.names] == [
+        (6, 15, "influenza", "flu")
+    ]
+    assert found.provenance == (Provenance(kind="graph", source="d.csv", version="1", corpus="g"),)
+    assert found.labels == SECRET
+
+
+async def test_surroundings_patterns_and_ranks(services: FakeServices) -> None:
+    around = await call(FindAround(graph="g", nodes=("flu",), hops=1), services)
+    assert {n.id for n in around.nodes} == {"flu", "cough", "fever"}
+    assert len(around.statements) == 2
+    assert around.labels == SECRET
+    with pytest.raises(UnknownNode):
+        await call(FindAround(graph="g", nodes=("plague",)), services)
+    both = MatchPatterns(graph="g", patterns=(("?d", "has", "cough"), ("?d", "has", "fever")))
+    assert (await call(both, services)).rows == ({"?d": "flu"},)
+    ranked = await call(RankNodes(graph="g", seeds={"fever": 1.0}, limit=2), services)
+    assert {n.node.id for n in ranked.nodes} == {"fever", "flu"}
+    for seeds in ({}, {"flu": 0.0}, {"flu": float("nan")}):
+        with pytest.raises(ValidationError):
+            RankNodes(graph="g", seeds=seeds)
 
 
 # ------------------------------------------------------------------ rules

@@ -23,6 +23,12 @@ class EarliestDeadline(Ranked):
         """When it is due."""
         return self.due_s(request)
 
+    def words(self, request: QueuedRequest, rank: float, now_s: float) -> str:
+        """When it is due."""
+        if request.deadline_s is None or request.deadline_s > rank:
+            return f"it has no near deadline and counts as due in {rank - now_s:.0f} s"
+        return f"its deadline is in {rank - now_s:.1f} s, and the earliest goes first"
+
     def due_s(self, request: QueuedRequest) -> float:
         """When a request is due; never before its submission."""
         latest = request.submitted_s + self.horizon_s

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from heapq import heapify, heappop, heappush, heapreplace
 
-from llmos.drivers.protocols import QueuedRequest
+from llmos.drivers.protocols import QueuedRequest, Standing
 from llmos.kernel.core.history import Cost
 from llmos.kernel.core.policies.ranked import Ranked
 
@@ -165,6 +165,39 @@ class Fair:
         return self._tenants[job.tenant].level - owner.level - again
 
     # ------------------------------------------------------------ looking
+
+    def standing(self, key: str, now_s: float) -> Standing:
+        """Where a job stands: tenants take their turns as if each paid for its prompts only.
+        KeyError: it does not wait."""
+        owner = self._owner[key]
+        inner = owner.queue.standing(key, now_s)
+        waiting = {name: t for name, t in self._tenants.items() if t.queue}
+        orders = {name: t.queue.order() for name, t in waiting.items()}
+        # Those that its own policy lets in before it, and then itself.
+        orders[owner.name] = [*inner.before, key]
+        heap = [(t.level, name, 0) for name, t in waiting.items()]
+        heapify(heap)
+        before: list[str] = []
+        while heap:
+            level, name, place = heappop(heap)
+            found = orders[name][place]
+            if found == key:
+                break
+            before.append(found)
+            if place + 1 < len(orders[name]):
+                tenant = waiting[name]
+                prompt = tenant.queue.request(found).prompt_tokens
+                heappush(heap, (level + self.cost.read * prompt / tenant.weight, name, place + 1))
+        lowest = self._lowest()
+        assert lowest is not None
+        reason = f"it is the turn of its tenant {owner.name}"
+        if lowest is not owner:
+            ahead = owner.level - lowest.level
+            reason = (
+                f"its tenant {owner.name} has been served {ahead:.0f} tokens by weight more "
+                f"than {lowest.name}, which comes first"
+            )
+        return Standing(tuple(before), f"{reason}; within the tenant, {inner.reason}")
 
     def levels(self) -> dict[str, float]:
         """Counters of all tenants."""

@@ -24,6 +24,10 @@ class LeastAttained(Ranked):
         """Work done for its turn."""
         return self.history.queued(request, now_s).attained
 
+    def words(self, request: QueuedRequest, rank: float, now_s: float) -> str:
+        """The work that its turn has had."""
+        return f"its turn has had {rank:.0f} tokens of work, and the least goes first"
+
     def begun_s(self, request: QueuedRequest, now_s: float) -> float:
         """When its turn first asked."""
         return self.history.begun_s(request)

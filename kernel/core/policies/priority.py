@@ -28,6 +28,11 @@ class Priority(Ranked):
         """When it was submitted, moved by its priority."""
         return request.submitted_s - _bounded(request.priority) * self.ageing_s
 
+    def words(self, request: QueuedRequest, rank: float, now_s: float) -> str:
+        """Its priority."""
+        aged = int((now_s - request.submitted_s) / self.ageing_s)
+        return f"its priority is {request.priority}, and {aged} more for its age"
+
     def gives_way(self, running: QueuedRequest, first: QueuedRequest) -> float | None:
         """The lowest priority, to a higher one. Age moves a request forward in the queue, but
         throws nobody out: else all that run would be thrown out in the end."""

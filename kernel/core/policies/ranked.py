@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 
-from llmos.drivers.protocols import QueuedRequest
+from llmos.drivers.protocols import QueuedRequest, Standing
 
 MAX_ENTERED = 16_384
 """Requests whose entry into the batch is remembered, to protect them from giving way at once."""
@@ -133,6 +133,22 @@ class Ranked(ABC):
         if key is None:
             return None
         return self.victim_for(self._waiting[key].request, running)
+
+    def standing(self, key: str, now_s: float) -> Standing:
+        """Where a request stands by rank. KeyError: it does not wait."""
+        mine = self._waiting[key]
+        reason = self.words(mine.request, mine.rank, now_s)
+        if self.patience is not None:
+            reason += f"; every {self.patience}th place goes by age"
+        return Standing(tuple(k for k in self.order() if self.place(k) < self.place(key)), reason)
+
+    def order(self) -> list[str]:
+        """All that wait, by rank."""
+        return sorted(self._waiting, key=self.place)
+
+    def words(self, request: QueuedRequest, rank: float, now_s: float) -> str:
+        """Why a request stands where it does: a clause."""
+        return "jobs enter in order of submission"
 
     # ------------------------------------------------------------ for policies of policies
 

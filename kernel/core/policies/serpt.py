@@ -20,3 +20,9 @@ class ShortestExpected(LeastAttained):
         """Work that its turn is expected to take from now on."""
         turn = self.history.queued(request, now_s)
         return self.history.remaining(request, turn.attained)
+
+    def words(self, request: QueuedRequest, rank: float, now_s: float) -> str:
+        """The work that its turn is expected to take."""
+        return (
+            f"its turn is expected to take {rank:.0f} more tokens of work, and the least goes first"
+        )

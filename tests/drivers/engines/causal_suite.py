@@ -19,6 +19,7 @@ from llmos.drivers.protocols import (
     GenerationJob,
     QueuedRequest,
     SamplingParams,
+    Standing,
 )
 
 NAN = float("nan")
@@ -126,6 +127,13 @@ class CausalSuite:
         read = after.prompt_tokens - before.prompt_tokens
         assert read == last.prompt_tokens - last.cached_tokens
         assert after.cached_prompt_tokens == before.cached_prompt_tokens + last.cached_tokens
+
+    def test_what_it_keeps_is_told_by_purpose_and_stays_the_same(self, engine):
+        before = engine.memory_bytes()
+        assert set(before) <= {"weights", "kv", "adapters"}
+        assert all(size > 0 for size in before.values())
+        ask(engine, max_new_tokens=4)
+        assert engine.memory_bytes() == before
 
     def test_length_is_honoured(self, engine):
         got = ask(engine, max_new_tokens=1)
@@ -417,9 +425,45 @@ class Backwards:
     def victim(self, running: Sequence[QueuedRequest], now_s: float) -> str | None:
         return None
 
+    def standing(self, key: str, now_s: float) -> Standing:
+        place = self.waiting.index(key)
+        return Standing(tuple(reversed(self.waiting[place + 1 :])), "who came last enters first")
+
 
 class QueueSuite:
     """What engines do that have a queue and steps of their own."""
+
+    def test_it_says_where_a_job_stands(self, make_engine):
+        engine = make_engine(kv_tokens=512)
+        try:
+            listeners = [Listener() for _ in range(3)]
+            engine.submit(job(job_id="in", max_new_tokens=400, ignore_eos=True), listeners[0])
+            assert listeners[0].first.wait(60)
+            for name, listener in zip("ab", listeners[1:], strict=True):
+                engine.submit(job(job_id=name, max_new_tokens=300, ignore_eos=True), listener)
+            inside, first, second = (engine.place(name) for name in ("in", "a", "b"))
+            assert (inside.state, inside.position, inside.running) == ("running", 0, 1)
+            assert 0 < inside.new_tokens <= inside.max_new_tokens == 400
+            assert [(p.state, p.position) for p in (first, second)] == [
+                *(("waiting", 1), ("waiting", 2))
+            ]
+            assert "order of arrival" in second.reason
+            assert first.kv_needed > first.kv_free >= 0
+            assert first.new_tokens == 0
+            assert first.waited_s >= second.waited_s >= 0
+            assert (first.estimate_s is None) == (engine.step_time() is None)
+            if first.estimate_s is not None:
+                assert 0 < first.estimate_s < second.estimate_s
+            engine.pause("a")
+            assert engine.place("a").state == "paused"
+            assert engine.place("b").position == 1
+            for name in ("in", "a", "b"):
+                engine.cancel(name)
+            for listener in listeners:
+                listener.wait()
+            assert engine.place("in") is None
+        finally:
+            engine.close()
 
     def test_a_policy_decides_who_enters(self, make_engine):
         engine = make_engine(kv_tokens=512)

@@ -61,6 +61,12 @@ class EncoderSuite:
         assert after.finished == before.finished + 3
         assert after.prompt_tokens > before.prompt_tokens + 10
 
+    def test_what_it_keeps_is_told_and_stays_the_same(self, engine):
+        before = engine.memory_bytes()
+        assert set(before) <= {"weights"}
+        engine.embed(TEXTS)
+        assert engine.memory_bytes() == before
+
     def test_without_a_head_nothing_is_classified(self, engine):
         assert engine.labels == ()
         with pytest.raises(NoHead):
@@ -70,5 +76,6 @@ class EncoderSuite:
         engine = make_engine()
         engine.close()
         engine.close()
+        assert engine.memory_bytes() == {}
         with pytest.raises(EngineFailed):
             engine.embed(["x"])

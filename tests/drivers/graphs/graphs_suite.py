@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from llmos.drivers.errors import UnknownNode
-from llmos.drivers.protocols import Edge, Graph, Node
+from llmos.drivers.errors import GraphLimitExceeded, UnknownNode
+from llmos.drivers.protocols import Edge, Graph, Node, Triple
 
 NODES = [
     Node("d1", "diabetes mellitus", "disease", "t.csv", "v1"),
@@ -166,3 +166,108 @@ class GraphsSuite:
             assert all(reads)
             list(writes)
         assert graph.size() == (207, 205)
+
+    def test_synonyms_are_found_and_replaced(self, graph: Graph) -> None:
+        graph.upsert([Node("d3", "Parkinson's disease", synonyms=("shaking palsy", "PD"))], [])
+        assert [n.id for n in graph.find("a shaking palsy?")] == ["d3"]
+        assert graph.node("d3").synonyms == ("shaking palsy", "PD")
+        graph.upsert([Node("d3", "Parkinson's disease", synonyms=("PD",))], [])
+        assert graph.find("shaking palsy") == []
+        assert [n.id for n in graph.find("pd")] == ["d3"]
+
+    def test_a_text_is_linked_by_its_longest_names(self, graph: Graph) -> None:
+        text = "Thirst in Type-2 diabetes mellitus: Parkinson’s diseases, 我有2型糖尿病吗"
+        assert [(m.text, m.node.id) for m in graph.link(text)] == [
+            ("Thirst", "s1"),
+            ("Type-2 diabetes mellitus", "d2"),
+            ("Parkinson’s diseases", "d3"),
+            ("2型糖尿病", "s3"),
+        ]
+        assert all(text[m.start : m.end] == m.text for m in graph.link(text))
+        graph.upsert([Node("s9", "thirst")], [])
+        assert [m.node.id for m in graph.link("thirst")] == ["s1", "s9"]
+        assert len(graph.link(text, limit=1)) == 1
+        assert graph.link("") == []
+
+    def test_edges_hold_from_and_to_a_time(self, graph: Graph) -> None:
+        graph.upsert(
+            [],
+            [
+                Edge("d3", "treated_by", "levodopa", "g.csv", "v1", 100.0, 200.0),
+                Edge("levodopa", "is_a", "drug", valid_from=150.0),
+            ],
+        )
+        assert graph.neighbours("levodopa", direction="in")[0][0].valid_to == 200.0
+        for at, here in ((99.0, 0), (100.0, 1), (199.0, 1), (200.0, 0), (None, 1)):
+            assert len(graph.neighbours("d3", relation="treated_by", at=at)) == here
+            hit = graph.match([Triple("d3", "treated_by", "?x")], at=at)
+            assert len(hit) == here
+        assert len(graph.paths("d3", "drug", at=160.0)) == 1
+        assert graph.paths("d3", "drug", at=120.0) == []
+        assert len(graph.subgraph(["d3"], at=120.0)[1]) == 2
+        assert [n.id for n, _ in graph.pagerank({"levodopa": 1.0}, at=50.0)] == ["levodopa"]
+        graph.upsert([], [Edge("d3", "treated_by", "levodopa", valid_from=300.0)])
+        assert graph.neighbours("d3", relation="treated_by", at=150.0) == []
+
+    def test_subgraphs_are_bounded_near_first(self, graph: Graph) -> None:
+        nodes, edges = graph.subgraph(["d3"], hops=2)
+        assert [n.id for n in nodes] == ["d3", "s2"]
+        assert ends([edges]) == [[("d3", "has_symptom", "s2")]]
+        nodes, edges = graph.subgraph(["s1"], hops=1)
+        assert [n.id for n in nodes] == ["s1", "d1", "d2"]
+        nodes, edges = graph.subgraph(["s1"], hops=2)
+        assert {n.id for n in nodes} == {"s1", "d1", "d2", "fatigue"}
+        assert len(edges) == 4
+        assert len(graph.subgraph(["s1"], hops=2, limit=3)[1]) == 3
+        assert graph.subgraph(["s1"], hops=0)[1] == []
+        assert graph.subgraph([]) == ([], [])
+
+    def test_patterns_bind_variables(self, graph: Graph) -> None:
+        assert graph.match([Triple("?d", "has_symptom", "s1")]) == [{"?d": "d1"}, {"?d": "d2"}]
+        both = [Triple("?a", "is_a", "?b"), Triple("?a", "has_symptom", "?s")]
+        assert graph.match([*both, Triple("?b", "has_symptom", "?s")]) == [
+            {"?a": "d2", "?b": "d1", "?s": "s1"}
+        ]
+        assert graph.match([Triple("d2", "?r", "?x")]) == [
+            {"?r": "has_symptom", "?x": "s1"},
+            {"?r": "is_a", "?x": "d1"},
+        ]
+        assert len(graph.match([Triple("?a", "?r", "?b")])) == 5
+        assert len(graph.match([Triple("?a", "?r", "?b")], limit=2)) == 2
+        assert graph.match([Triple("d3", "has_symptom", "s2")]) == [{}]
+        assert graph.match([Triple("d3", "has_symptom", "s1")]) == []
+        assert graph.match([Triple("?x", "is_a", "?x")]) == []
+        assert graph.match([Triple("nobody", "?r", "?x")]) == []
+        with pytest.raises(ValueError, match="patterns"):
+            graph.match([])
+
+    def test_text_is_never_a_query(self, graph: Graph) -> None:
+        evil = "x'}) DETACH DELETE n //"
+        graph.upsert([Node(evil, evil, evil)], [Edge(evil, evil, "d1", evil)])
+        assert graph.node(evil).name == evil
+        assert graph.match([Triple("?a", evil, "d1")]) == [{"?a": evil}]
+        assert graph.neighbours(evil, relation=evil)[0][1].id == "d1"
+        assert graph.neighbours("d1", relation="' OR 1=1 //") == []
+        with pytest.raises(UnknownNode):
+            graph.node("d1'}) RETURN n //")
+        assert graph.size() == (8, 6)
+
+    def test_a_query_that_would_look_at_everything_is_refused(self) -> None:
+        graph = self.make()
+        graph.upsert([], [Edge(f"a{i}", "r", f"b{k}") for i in range(100) for k in range(100)])
+        cross = [Triple("?a", "r", "?b"), Triple("?c", "r", "?b"), Triple("?c", "r", "?d")]
+        with pytest.raises(GraphLimitExceeded) as caught:
+            graph.match(cross)
+        assert pickle.loads(pickle.dumps(caught.value)).limit == caught.value.limit
+
+    def test_pagerank_prefers_what_is_near_the_seeds(self, graph: Graph) -> None:
+        ranked = graph.pagerank({"d2": 1.0})
+        assert ranked[0][0].id in ("d1", "d2")
+        assert {n.id for n, _ in ranked} == {"d1", "d2", "s1", "fatigue"}
+        assert sum(score for _, score in ranked) == pytest.approx(1, abs=0.01)
+        assert len(graph.pagerank({"d2": 1.0, "d3": 2.0}, limit=2)) == 2
+        for bad in ({}, {"d2": 0.0}, {"d2": float("nan")}):
+            with pytest.raises(ValueError, match="weights"):
+                graph.pagerank(bad)
+        with pytest.raises(UnknownNode):
+            graph.pagerank({"zz": 1.0})

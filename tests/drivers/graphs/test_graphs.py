@@ -1,13 +1,19 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import networkx as nx
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmos.drivers.errors import GraphFileError
+from llmos.drivers.graphs.ladybug_graph import LadybugGraph
 from llmos.drivers.graphs.memory import MemoryGraph
 from llmos.drivers.graphs.names import NameIndex, words
 from llmos.drivers.graphs.networkx_graph import NetworkxGraph
-from llmos.drivers.protocols import Edge, Graph
+from llmos.drivers.protocols import Edge, Graph, Node, Triple
 from tests.drivers.graphs.graphs_suite import EDGES, NODES, GraphsSuite, ends
 
 
@@ -19,6 +25,36 @@ class TestMemoryGraph(GraphsSuite):
 class TestNetworkxGraph(GraphsSuite):
     def make(self) -> Graph:
         return NetworkxGraph("g")
+
+
+class TestLadybugGraph(GraphsSuite):
+    def make(self) -> Graph:
+        return LadybugGraph("g")
+
+
+def test_a_ladybug_graph_is_kept_on_disk(tmp_path: Path) -> None:
+    path = tmp_path / "graph.lbug"
+    graph = LadybugGraph("g", path)
+    graph.upsert(NODES, EDGES)
+    graph.close()
+    graph.close()
+    again = LadybugGraph("g", path)
+    assert again.size() == (7, 5)
+    assert [n.id for n in again.find("tremors")] == ["s2"]
+    again.close()
+    (tmp_path / "other").write_text("no database " * 1000)
+    with pytest.raises(GraphFileError):
+        LadybugGraph("g", tmp_path / "other")
+
+
+def test_an_upsert_that_fails_leaves_nothing() -> None:
+    graph = LadybugGraph("g")
+    graph.upsert(NODES, EDGES)
+    broken: Any = Edge("new", "r", "d1", valid_from="soon")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="soon"):
+        graph.upsert([Node("new", "new")], [broken])
+    assert graph.size() == (7, 5)
+    assert graph.find("new") == []
 
 
 def test_networkx_algorithms_run_on_a_copy() -> None:
@@ -77,3 +113,29 @@ def test_the_index_agrees_with_a_scan(given_names: list[str], text: str) -> None
     assert index.find(text) == set()
     assert not index._ids
     assert not index._lengths
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(_EDGE, min_size=1, max_size=14), st.lists(_EDGE, max_size=6))
+def test_all_drivers_answer_alike(edges: list[Edge], later: list[Edge]) -> None:
+    graphs: list[Graph] = [MemoryGraph(), NetworkxGraph(), LadybugGraph()]
+    x = edges[0].subject
+    join = [Triple("?a", "r", "?b"), Triple("?b", "?q", "?c")]
+
+    def answers(graph: Graph) -> list[Any]:
+        graph.upsert([], edges)
+        graph.upsert([], later)
+        return [
+            graph.size(),
+            graph.neighbours(x),
+            graph.neighbours(x, direction="in"),
+            graph.paths(x, edges[-1].object, limit=50),
+            graph.subgraph([x], limit=5),
+            graph.match(join),
+            graph.pagerank({x: 1.0}),
+        ]
+
+    first, *others = map(answers, graphs)
+    assert all(other == first for other in others)
+    for graph in graphs:
+        graph.close()

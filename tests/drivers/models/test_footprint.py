@@ -61,9 +61,49 @@ def test_a_tied_head_counts_once(tmp_path: Path) -> None:
 
 def test_weights_count_in_the_type_they_are_loaded_in(tmp_path: Path) -> None:
     folder = causal(tmp_path / "a", head=False)
-    wide, narrow = predict(folder, "causal"), predict(folder, "causal", dtype="bfloat16")
+    wide, narrow = predict(folder, "causal"), predict(folder, "causal", dtype="float16")
     assert wide.weights_bytes == 2 * narrow.weights_bytes
     assert predict(folder, "causal", dtype="auto") == wide
+
+
+@pytest.mark.parametrize(
+    ("config", "device", "copies"),
+    [
+        ({}, "cpu", 2),
+        ({}, "cuda", 1),
+        ({"tie_word_embeddings": False}, "cpu", 1),
+        # Layers that our attention does not compute leave the model as the library has it.
+        ({"sliding_window": 32}, "cpu", 1),
+        ({"model_type": "mistral"}, "cpu", 1),
+        ({"model_type": "mistral", "sliding_window": None}, "cpu", 2),
+        ({"model_type": "qwen2", "sliding_window": 32}, "cpu", 2),
+        ({"model_type": "qwen2", "sliding_window": 32, "use_sliding_window": True}, "cpu", 1),
+        ({"layer_types": ["sliding_attention", "full_attention"]}, "cpu", 1),
+        ({"attn_logit_softcapping": 30.0}, "cpu", 1),
+    ],
+)
+def test_a_tied_head_that_is_packed_counts_once_more(
+    tmp_path: Path, config: dict[str, Any], device: str, copies: int
+) -> None:
+    folder = causal(tmp_path / "a", head=False, **config)
+    found = predict(folder, "causal", dtype="bfloat16", device=device)
+    assert found.weights_bytes == (copies * 100 * 16 + 16) * 2
+
+
+def test_kv_is_in_whole_blocks_and_the_library_keeps_two_more(tmp_path: Path) -> None:
+    folder = causal(tmp_path / "a", head=False)
+    block = 16 * 3 * 2 * 2 * 8 * 4
+    for tokens, blocks in ((1, 1), (31, 1), (32, 2), (100, 6)):
+        assert predict(folder, "causal", kv_tokens=tokens).kv_bytes == blocks * block
+        on_gpu = predict(folder, "causal", kv_tokens=tokens, device="cuda")
+        assert on_gpu.kv_bytes == (blocks + 2) * block
+
+
+def test_purposes_are_told_apart(tmp_path: Path) -> None:
+    folder = causal(tmp_path / "a", head=False)
+    found = predict(folder, "causal")
+    assert set(found.by_purpose) == {"weights", "kv", "workspace"}
+    assert sum(found.by_purpose.values()) == found.total_bytes
 
 
 def test_kv_is_layers_heads_and_tokens(tmp_path: Path) -> None:

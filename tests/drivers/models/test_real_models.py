@@ -124,7 +124,8 @@ def test_the_predicted_weights_are_the_loaded_ones(smollm: ModelFiles, minilm: M
     limits: dict[str, Any] = {"kv_tokens": 1024, "max_batch_tokens": 64, "max_batch_texts": 8}
     for dtype in ("float32", "bfloat16"):
         causal = AutoModelForCausalLM.from_pretrained(smollm.path, dtype=getattr(torch, dtype))
-        found = predict_footprint(smollm.path, kind="causal", dtype=dtype, **limits)
+        # On a CPU the engine packs the tied output layer, which is one more copy of it.
+        found = predict_footprint(smollm.path, kind="causal", dtype=dtype, device="cuda", **limits)
         assert found.weights_bytes == pytest.approx(held(causal), rel=0.03)
         encoder = AutoModel.from_pretrained(minilm.path, dtype=getattr(torch, dtype))
         found = predict_footprint(minilm.path, kind="encoder", dtype=dtype, **limits)

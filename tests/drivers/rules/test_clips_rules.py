@@ -241,3 +241,16 @@ def test_settings_of_one_evaluation_do_not_reach_the_next() -> None:
     changed = base.evaluate([Fact("mode", {}), Fact("n", {})])
     assert [f.template for f in changed.facts].count("m") == 2
     assert base.evaluate([Fact("n", {})]) == before
+
+
+def test_a_library_takes_one_line_and_counts_for_the_version() -> None:
+    source = "; uses: certainty\n\n(defrule broken (nothing) => (nofunc))"
+    with pytest.raises(RuleSyntaxError) as caught:
+        ClipsRuleBase("r", source)
+    assert caught.value.line == 3
+    with pytest.raises(RuleSyntaxError, match="certainty") as caught:
+        ClipsRuleBase("r", "\n; uses: nope")
+    assert caught.value.line == 2
+    with_it = ClipsRuleBase("r", "; uses: certainty\n")
+    assert with_it.rules == ("weigh",)
+    assert with_it.version != ClipsRuleBase("r", "; uses certainty\n").version

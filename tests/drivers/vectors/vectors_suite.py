@@ -44,6 +44,18 @@ class VectorsSuite:
         assert len(index) == 200
         assert index.dimension == 8
 
+    def test_rows_come_back_in_the_order_asked_for(self) -> None:
+        index, rows = self.filled(), unit(200, 8)
+        index.upsert(["p0007"], -rows[7:8])
+        index.remove(["p0001"])
+        np.testing.assert_array_equal(
+            index.rows(["p0199", "p0007", "p0000", "p0199"]),
+            np.stack([rows[199], -rows[7], rows[0], rows[199]]),
+        )
+        assert index.rows([]).shape == (0, 8)
+        with pytest.raises(KeyError):
+            index.rows(["p0000", "p0001"])
+
     def test_ties_go_by_id_at_any_k(self) -> None:
         index = self.make(24)
         rows = np.repeat(unit(1, 24), 300, axis=0)

@@ -1,0 +1,1 @@
+"""Finding passages: words, BM25, fusion of legs, reranking, diversity. Pure NumPy."""
