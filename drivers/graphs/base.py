@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from llmos.drivers.errors import UnknownNode
 from llmos.drivers.graphs.edges import (
     CHUNK,
+    FEW,
     MAX_EXPANSIONS,
     Direction,
     Key,
@@ -150,7 +151,7 @@ class BaseGraph(abc.ABC):
             frontier = sorted(seen)
             for _ in range(hops):
                 reached: dict[str, None] = {}
-                for chunk in chunked(frontier, CHUNK):
+                for chunk in chunked(frontier, FEW):
                     for edge in self._around(chunk, at):
                         if len(edges) < limit and key_of(edge) not in edges:
                             edges[key_of(edge)] = edge

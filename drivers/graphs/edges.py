@@ -18,6 +18,9 @@ MAX_EXPANSIONS = 200_000
 CHUNK = 64
 """Nodes whose edges are asked for at once."""
 
+FEW = 16
+"""The same where the limit may be reached with the next few: what is read beyond it is lost."""
+
 
 class Edges(Protocol):
     """Where edges are asked for."""

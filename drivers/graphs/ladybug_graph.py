@@ -23,8 +23,8 @@ from llmos.drivers.graphs.base import BaseGraph
 from llmos.drivers.graphs.edges import Direction, chunked, key_of
 from llmos.drivers.protocols import Edge, Node
 
-BUFFER_BYTES = 256 * 2**20
-"""Memory for pages of the database."""
+BUFFER_BYTES = 2**30
+"""Most memory for pages of the database: with a quarter of it, queries of Hetionet ran out."""
 MAX_DB_BYTES = 64 * 2**30
 """Address space kept for the file; not what it takes."""
 _ROWS = 5_000
