@@ -18,8 +18,10 @@ help: ## list the targets
 demo: $(VENV)/.demo models ## boot the kernel, launch three agents, ask them real questions
 	@$(BIN)/llmos run $(EXAMPLE)/system.toml --questions $(EXAMPLE)/questions.toml $(DATA)
 
+# What starts a Ray runs by itself: two at a time would take each other's processors.
 test: $(VENV)/.dev models ## all tests (real Ray, real models)
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n 2 --dist loadfile -m "not cluster and not chaos"
+	@$(BIN)/python -m pytest -m "cluster and not chaos"
 
 test-fast: $(VENV)/.dev ## only what needs neither Ray nor models
 	@$(BIN)/python -m pytest -m "not cluster and not models and not slow"
