@@ -175,6 +175,10 @@ def load_state(name: str, program: Program, data: bytes | None, version: int) ->
         except ValidationError as error:
             reason = f"a new one needs defaults: {_first(error)}"
             raise StateError(name, program.state_version, reason) from None
+        except Exception as error:
+            # Default factories and validators are the program's code, and may raise anything.
+            reason = f"making a new one raised {error!r}"
+            raise StateError(name, program.state_version, reason) from None
     if version > program.state_version:
         raise StateError(name, version, f"the program knows versions up to {program.state_version}")
     try:

@@ -140,6 +140,22 @@ def test_a_state_without_defaults_is_told() -> None:
         load(Needs, None, 0)
 
 
+def test_a_state_that_cannot_be_made_is_told() -> None:
+    class Bare(Agent):
+        State = BaseModel
+
+    class Torn(BaseModel):
+        day: int = Field(default_factory=lambda: [][0])
+
+    class Raises(Agent):
+        State = Torn
+
+    with pytest.raises(StateError, match="PydanticUserError"):
+        load(Bare, None, 0)
+    with pytest.raises(StateError, match="IndexError"):
+        load(Raises, None, 0)
+
+
 # ------------------------------------------------------------------ storing
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
