@@ -178,7 +178,7 @@ def load_state(name: str, program: Program, data: bytes | None, version: int) ->
         except Exception as error:
             # Default factories and validators are the program's code, and may raise anything.
             reason = f"making a new one raised {error!r}"
-            raise StateError(name, program.state_version, reason) from None
+            raise StateError(name, program.state_version, reason) from error
     if version > program.state_version:
         raise StateError(name, version, f"the program knows versions up to {program.state_version}")
     try:
