@@ -21,6 +21,10 @@ from llmos.kernel.cluster import Cluster, ClusterError, RunFile, Token, started_
 from llmos.kernel.settings import Settings, SettingsError
 
 
+# Ctrl-C goes to the main thread of a process that is theirs alone.
+pytestmark = pytest.mark.cluster
+
+
 class SlowRay(Cluster):
     """A Ray that takes its time, and knows whether it runs."""
 

@@ -1,6 +1,6 @@
 from itertools import pairwise
 
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from llmos.drivers.engines.blocks import BlockPool, run_start
@@ -122,6 +122,8 @@ def test_a_stop_may_begin_before_but_not_end_there():
 
 @given(ABC, st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=3), st.data())
 def test_from_a_mark_on_nothing_is_let_out_before_the_end(text, marks, data):
+    # The mark that is complete first counts; of marks within one another that may be the later.
+    assume(not any(a is not b and a in b for a in marks for b in marks))
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)))))
     pieces = [text[a:b] for a, b in pairwise([0, *cuts, len(text)])]
     held = StopFilter((), marks=marks)
