@@ -20,7 +20,6 @@ from llmos.kernel.client import AsyncKernel, InvalidLaunch, Kernel, _Runner
 from llmos.kernel.cluster import Cluster, ClusterError, RunFile, Token, started_at
 from llmos.kernel.settings import Settings, SettingsError
 
-
 # Ctrl-C goes to the main thread of a process that is theirs alone.
 pytestmark = pytest.mark.cluster
 
