@@ -56,7 +56,7 @@ class Meter:
 
     def charge(self, key: str, tokens: int, now_s: float) -> None:
         """A job has used tokens."""
-        self._accounts.charge(key, tokens, 0.0, now_s)
+        self._accounts.charge(key, tokens, now_s)
 
     def leave(self, key: str) -> None:
         """A job has ended, however."""

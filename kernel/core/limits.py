@@ -8,12 +8,7 @@ bounded, and with it how far an account can be overdrawn.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
-
-MAX_OWNERS = 100_000
-"""Accounts that are kept; beyond them those that have been full longest are dropped, which
-changes nothing."""
 
 
 class Bucket:
@@ -51,11 +46,6 @@ class Quota:
     """Prompt and answer together."""
     concurrent_requests: int | None = None
     """To models, waiting or running."""
-    device_s_per_minute: float | None = None
-    """Seconds of device time."""
-    messages_per_minute: int | None = None
-    call_depth: int | None = None
-    """Agents that may wait for one another in a chain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +69,8 @@ class Over:
 @dataclass(slots=True)
 class _Account:
     quota: Quota
-    buckets: dict[str, Bucket]
+    bucket: Bucket | None
+    """Tokens; None: as many as it likes."""
     running: int = 0
 
 
@@ -97,7 +88,7 @@ class Accounts:
 
     def __init__(self, quotas: dict[str, Quota] | None = None) -> None:
         self._quotas = dict(quotas or {})
-        self._accounts: OrderedDict[str, _Account] = OrderedDict()
+        self._accounts: dict[str, _Account] = {}
         self._running: dict[str, tuple[str, ...]] = {}
         """Owners of each request under way."""
 
@@ -128,51 +119,24 @@ class Accounts:
             most = account.quota.concurrent_requests
             if most is not None and account.running >= most:
                 return Over(owner, "concurrent_requests", most, account.running, self.RETRY_S)
-            for name in ("tokens_per_minute", "device_s_per_minute"):
-                over = self._overdrawn(owner, account, name, now_s)
-                if over is not None:
-                    return over
+            bucket = account.bucket
+            # One token, not none: at exactly 0 the next would be let in and overdraw at once.
+            if bucket is not None and (wait_s := bucket.wait_s(1.0, now_s)) > 0:
+                used = bucket.size - bucket.level(now_s)
+                return Over(owner, "tokens_per_minute", bucket.size, used, wait_s)
         return None
 
-    def charge(self, key: str, tokens: int, device_s: float, now_s: float) -> None:
-        """A request under way has used so much more."""
+    def charge(self, key: str, tokens: int, now_s: float) -> None:
+        """A request under way has used so many more."""
         for owner in self._running.get(key, ()):
-            account = self._accounts[owner]
-            for name, amount in (("tokens_per_minute", tokens), ("device_s_per_minute", device_s)):
-                bucket = account.buckets.get(name)
-                if bucket is not None:
-                    bucket.take(amount, now_s)
+            bucket = self._accounts[owner].bucket
+            if bucket is not None:
+                bucket.take(tokens, now_s)
 
     def leave(self, key: str) -> None:
         """A request has ended, however. Idempotent."""
         for owner in self._running.pop(key, ()):
             self._accounts[owner].running -= 1
-
-    def message(self, owners: tuple[str, ...], now_s: float) -> Over | None:
-        """A message wants to be sent; None: it is counted."""
-        buckets = []
-        for owner in owners:
-            account = self._of(owner, now_s)
-            bucket = account.buckets.get("messages_per_minute") if account else None
-            if account is None or bucket is None:
-                continue
-            wait_s = bucket.wait_s(1, now_s)
-            if wait_s > 0:
-                most = account.quota.messages_per_minute or 0
-                return Over(owner, "messages_per_minute", most, most, wait_s)
-            buckets.append(bucket)
-        for bucket in buckets:
-            bucket.take(1, now_s)
-        return None
-
-    def depth(self, owners: tuple[str, ...], depth: int) -> Over | None:
-        """A call wants to make a chain of ``depth`` agents; waiting does not help."""
-        for owner in owners:
-            quota = self._quotas.get(owner)
-            most = quota.call_depth if quota else None
-            if most is not None and depth > most:
-                return Over(owner, "call_depth", most, depth, 0.0)
-        return None
 
     # ------------------------------------------------------------ inside
 
@@ -182,38 +146,11 @@ class Accounts:
             return None
         account = self._accounts.get(owner)
         if account is None:
-            rates = {
-                "tokens_per_minute": quota.tokens_per_minute,
-                "device_s_per_minute": quota.device_s_per_minute,
-                "messages_per_minute": quota.messages_per_minute,
-            }
+            rate = quota.tokens_per_minute
             # A minute's worth may be used at once; after that it is the rate that counts.
-            buckets = {n: Bucket(r / 60, r, now_s) for n, r in rates.items() if r}
-            account = self._accounts[owner] = _Account(quota, buckets)
-            self._drop_one(now_s)
-        else:
-            self._accounts.move_to_end(owner)
+            bucket = Bucket(rate / 60, rate, now_s) if rate else None
+            account = self._accounts[owner] = _Account(quota, bucket)
         return account
-
-    def _drop_one(self, now_s: float) -> None:
-        if len(self._accounts) <= MAX_OWNERS:
-            return
-        for owner, account in self._accounts.items():
-            full = all(b.level(now_s) >= b.size for b in account.buckets.values())
-            if not account.running and full:
-                del self._accounts[owner]
-            return
-
-    @staticmethod
-    def _overdrawn(owner: str, account: _Account, name: str, now_s: float) -> Over | None:
-        bucket = account.buckets.get(name)
-        # One token, not none: at exactly 0 the next would be let in and overdraw at once.
-        least = 1.0 if name == "tokens_per_minute" else 1e-3
-        wait_s = bucket.wait_s(least, now_s) if bucket else 0.0
-        if bucket is None or wait_s <= 0:
-            return None
-        used = bucket.size - bucket.level(now_s)
-        return Over(owner, name, bucket.size, used, wait_s)
 
     def validate(self) -> None:
         """What runs is what is counted, and nobody is beyond its bound."""
