@@ -20,8 +20,13 @@ from llmos.kernel.client import AsyncKernel, InvalidLaunch, Kernel, _Runner
 from llmos.kernel.cluster import Cluster, ClusterError, RunFile, Token, started_at
 from llmos.kernel.settings import Settings, SettingsError
 
-# Ctrl-C goes to the main thread of a process that is theirs alone.
-pytestmark = pytest.mark.cluster
+
+@pytest.fixture(autouse=True)
+def _ctrl_c() -> Iterator[None]:
+    """Heard, too, where the tests were started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class SlowRay(Cluster):
